@@ -1,0 +1,182 @@
+"""What is predicted: the task by the label's values, labels as numbers, the constant model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from claydist.arrays import native_values
+from claydist.errors import DataError, SpecError
+from claydist.predictor import Target
+from claydist.profile import MAX_LABEL_VALUES, ColumnSums
+from claydist.schema import NUMERIC, Column, type_of
+from claydist.spec import DataSpec, TrainSpec, XGBoostSpec
+
+_CLASSES = ("integer", "float", "boolean", "string")
+
+
+def decide_target(spec: TrainSpec, label: Column, sums: ColumnSums) -> Target:
+    """The task and the label's classes (DESIGN section 4).
+
+    Parameters
+    ----------
+    sums : of the label over all rows, by its own values.
+
+    Raises
+    ------
+    SpecError : when the spec's task does not fit the label's type.
+    DataError : when the label has one value only, or more classes than can be told apart.
+    """
+    data = spec.data
+    values: Mapping[Any, int] = sums.counts or {}
+    if not values:
+        raise DataError(f"label column {label.name!r} has no value in {sums.n_rows} rows; nothing to learn")
+    task = _task(spec, label, values)
+    quantiles = spec.model.quantiles if isinstance(spec.model, XGBoostSpec) else ()
+    if task in ("regression", "ranking"):
+        _require_numbers(label, task)
+        if len(values) < 2 and task == "regression":
+            raise DataError(f"label column {label.name!r} is {next(iter(values))!r} in every row; nothing to learn")
+        return Target(task, label.name, quantiles=quantiles)
+    if data.label.above is not None:
+        _require_numbers(label, "a label with `above`")
+        _require_both_sides(data, values)
+        return Target("binary", label.name, (False, True), above=data.label.above)
+    if label.type not in _CLASSES:
+        raise DataError(f"a class is text, a boolean or a number; label column {label.name!r} is {label.describe()}")
+    if len(values) > MAX_LABEL_VALUES:
+        raise DataError(f"label column {label.name!r} has more than {MAX_LABEL_VALUES} values; is it a regression?")
+    classes = sorted(values)
+    if len(classes) < 2:
+        raise DataError(
+            f"label column {label.name!r} is {classes[0]!r} in every row; a model needs two values at least"
+        )
+    if task == "binary":
+        classes = _positive_last(data, classes)
+    return Target(task, label.name, tuple(classes))
+
+
+def label_values(target: Target, column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Labels (n_rows,) float64 as the models take them: 0 or 1, the index of the class, or the number.
+
+    Raises
+    ------
+    DataError : for a column of another type, a null, or a class that training has not seen.
+    """
+    kind = type_of(column.type)
+    takes = NUMERIC if not target.classes or target.above is not None else _readable(target.classes)
+    if kind not in takes:
+        raise DataError(
+            f"label column {target.column!r} is {column.type} in {where}, expected {' or '.join(takes)}; cast it"
+        )
+    if n_null := _count_nulls(column):
+        raise DataError(f"label column {target.column!r} has {n_null} nulls in {where}; leave the rows out")
+    if target.above is not None:
+        return (native_values(column).astype(np.float64) > target.above).astype(np.float64)
+    if not target.classes:
+        return native_values(column).astype(np.float64)
+    # Numbers are compared as numbers, whatever their width; integers beyond 2^53 only as integers.
+    is_exact = kind == "string" or (kind == "integer" and all(type(value) is int for value in target.classes))
+    values = _plain(column) if is_exact else pa.array(native_values(column), pa.float64())
+    classes = pa.array(list(target.classes) if is_exact else [float(value) for value in target.classes])
+    codes = pc.index_in(values.cast(classes.type), value_set=classes)
+    if codes.null_count:
+        unseen = codes.is_null()
+        first = column.filter(pa.chunked_array([unseen]))[0].as_py()
+        raise DataError(
+            f"label column {target.column!r} has {codes.null_count} values in {where} that training has not seen, "
+            f"the first is {first!r}; expected one of {list(target.classes)}"
+        )
+    return codes.to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _readable(classes: Sequence[Any]) -> tuple[str, ...]:
+    return ("string",) if isinstance(classes[0], str) else NUMERIC
+
+
+def _count_nulls(column: pa.ChunkedArray) -> int:
+    """Nulls, and NaN, which is how pandas writes them."""
+    return int(pc.sum(pc.is_null(column, nan_is_null=True)).as_py() or 0)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array without a dictionary."""
+    plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    return pa.concat_arrays(plain.chunks) if plain.num_chunks else pa.array([], plain.type)
+
+
+def prior(target: Target, numbers: ColumnSums, weights: Mapping[Any, float]) -> list[float]:
+    """The constant model that `metrics.constant_outcome` takes, from the labels of the training rows.
+
+    Parameters
+    ----------
+    numbers : weighted sums of a numeric label; of being above, where `above` makes it binary.
+    weights : weight of the rows by label value, where there are few values.
+
+    Raises
+    ------
+    DataError : when the weights of the training rows are all zero.
+    """
+    if (numbers.n_rows or weights) and not numbers.moments.weight and not any(weights.values()):
+        raise DataError("the weights of the training rows are all zero; expected some above 0 (data.weight)")
+    if target.task == "ranking":
+        return []
+    if not target.classes:
+        sketch = numbers.sketch
+        found = [sketch.quantile(q) for q in target.quantiles] if sketch else []
+        return [numbers.moments.mean, *(q for q in found if q is not None)]
+    if target.above is not None:
+        return [numbers.moments.mean]
+    shares = [weights.get(value, 0.0) for value in target.classes]
+    total = sum(shares) or 1.0
+    return [share / total for share in shares][-1 if target.task == "binary" else 0 :]
+
+
+def _task(spec: TrainSpec, label: Column, values: Mapping[Any, int]) -> str:
+    data, declared = spec.data, spec.model.task
+    if data.group is not None:
+        if declared not in (None, "ranking"):
+            raise SpecError(f"model.task is {declared!r}, and data.group makes it a ranking; drop one")
+        return "ranking"
+    if declared == "ranking":
+        raise SpecError("model.task is 'ranking'; name the column of the query in data.group")
+    if data.label.above is not None:
+        if declared not in (None, "binary"):
+            raise SpecError(f"data.label.above makes the task binary, and model.task is {declared!r}; drop one")
+        return "binary"
+    if declared == "binary" and len(values) != 2:
+        raise DataError(
+            f"model.task is 'binary' and label column {label.name!r} has {len(values)} values, expected 2; "
+            f"use data.label.above, or task multiclass"
+        )
+    return declared or _task_of_values(label, values)
+
+
+def _task_of_values(label: Column, values: Mapping[Any, int]) -> str:
+    if label.type in ("string", "boolean"):
+        return "binary" if len(values) == 2 else "multiclass"
+    return "binary" if label.type == "integer" and set(values) == {0, 1} else "regression"
+
+
+def _positive_last(data: DataSpec, classes: list[Any]) -> list[Any]:
+    positive = data.label.positive
+    if positive is None:
+        return classes
+    if positive not in classes:
+        raise DataError(f"data.label.positive is {positive!r}; the label's values are {classes}")
+    return [value for value in classes if value != positive] + [positive]
+
+
+def _require_numbers(label: Column, what: str) -> None:
+    if label.type not in ("integer", "float", "decimal"):
+        raise DataError(f"{what} needs numbers; label column {label.name!r} is {label.describe()}")
+
+
+def _require_both_sides(data: DataSpec, values: Mapping[Any, int]) -> None:
+    above = data.label.above
+    if len(values) <= MAX_LABEL_VALUES and len({value > above for value in values}) < 2:
+        raise DataError(f"label column {data.label.column!r} is on one side of above: {above:g} in every row")
