@@ -1,0 +1,158 @@
+"""Runs: what was started from this registry, how far it came and why it ended; one folder each under `_runs`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from claydist.errors import RegistryError, StorageError
+from claydist.registry import Registry
+from claydist.spec import ScoreSpec, TrainSpec
+from claydist.storage import Store
+
+FOLDER = "_runs"
+FILE = "run.json"
+KEEP_FINISHED = 100
+# How a run goes about its work; a run may be resumed under others of these.
+_OPERATIONAL = {"max_failures", "timeout_s", "wait_s", "checkpoint_s"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `facts` is what run.json said when it was read or last written."""
+
+    store: Store
+    facts: Mapping[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """The run's name, unique in its registry."""
+        return str(self.facts["id"])
+
+    @property
+    def state(self) -> str:
+        """running, finished, failed, interrupted; or lost: it says running, and its process on this host is gone."""
+        state = str(self.facts["state"])
+        if state == "running" and self.facts.get("host") == socket.gethostname():
+            try:
+                os.kill(int(self.facts["pid"]), 0)
+            except ProcessLookupError:
+                return "lost"
+            except PermissionError:
+                pass
+        return state
+
+    def update(self, **facts: Any) -> Run:
+        """The run after its file was replaced with these facts added."""
+        merged = {**self.facts, **facts, "updated_at": _now()}
+        self.store.join(FILE).write(json.dumps(merged, indent=1, default=str).encode())
+        return Run(self.store, merged)
+
+    def finish(self, **facts: Any) -> Run:
+        """The run after it ended well; checkpoints and Ray Train's own files are removed."""
+        run = self.update(state="finished", ended_at=_now(), **facts)
+        for name in self.store.list():
+            if name != FILE:
+                self.store.join(name).remove(recursive=True)
+        return run
+
+    def fail(self, error: BaseException) -> Run:
+        """The run after it ended badly; its checkpoints stay, for `--resume`."""
+        state = "failed" if isinstance(error, Exception) else "interrupted"
+        return self.update(state=state, ended_at=_now(), error=f"{type(error).__name__}: {error}"[:4000])
+
+
+def spec_digest(spec: TrainSpec | ScoreSpec) -> str:
+    """SHA-256 of everything in a spec that decides on the result, as hexadecimal text."""
+    tree = public_spec(spec)
+    tree.pop("registry", None)
+    if "train" in tree:
+        tree["train"] = {k: v for k, v in tree["train"].items() if k not in _OPERATIONAL}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def public_spec(spec: TrainSpec | ScoreSpec) -> dict[str, Any]:
+    """The spec as JSON-able mapping, without storage options: they may hold credentials."""
+    tree = spec.model_dump(mode="json")
+    tree.pop("storage_options", None)
+    if "data" in tree:
+        tree["data"].pop("storage_options", None)
+    return tree
+
+
+def start_run(registry: Registry, kind: str, spec: TrainSpec | ScoreSpec, name: str, inventory: str) -> Run:
+    """A new run, written down before it does anything.
+
+    Parameters
+    ----------
+    kind : train or score.
+    inventory : fingerprint of the input.
+    """
+    now = datetime.now(UTC)
+    run_id = f"{now:%Y%m%dT%H%M%S}-{name}-{secrets.token_hex(3)}"
+    facts = {
+        "id": run_id, "kind": kind, "name": name, "state": "running", "stage": "start", "started_at": now.isoformat(),
+        "host": socket.gethostname(), "pid": os.getpid(), "spec_digest": spec_digest(spec), "inventory": inventory,
+        "spec": public_spec(spec),
+    }  # fmt: skip
+    return Run(registry.store.join(FOLDER, run_id), facts).update()
+
+
+def list_runs(registry: Registry) -> list[Run]:
+    """All runs of the registry, the oldest first; folders without a readable run.json are left out."""
+    folder = registry.store.join(FOLDER)
+    runs = []
+    for run_id in folder.list():
+        try:
+            runs.append(_read(folder.join(run_id)))
+        except (StorageError, ValueError):
+            continue
+    # Ids tell seconds; within one of them their order is by chance.
+    return sorted(runs, key=lambda run: str(run.facts.get("started_at")))
+
+
+def show_run(registry: Registry, run_id: str) -> Run:
+    """The run of this id.
+
+    Raises
+    ------
+    RegistryError : when there is none; with the newest ids.
+    """
+    known = registry.store.join(FOLDER).list()
+    if run_id not in known:
+        raise RegistryError(f"no run {run_id!r} in {registry.store.url}; the newest: {', '.join(known[-5:]) or 'none'}")
+    return _read(registry.store.join(FOLDER, run_id))
+
+
+def find_unfinished(registry: Registry, kind: str, digest: str, inventory: str) -> Run | None:
+    """The newest run of the same spec and inventory that did not finish."""
+    same = [
+        run for run in list_runs(registry)
+        if (run.facts["kind"], run.facts["spec_digest"], run.facts["inventory"]) == (kind, digest, inventory)
+        and run.facts["state"] != "finished"
+    ]  # fmt: skip
+    return same[-1] if same else None
+
+
+def clean_runs(registry: Registry) -> None:
+    """Remove the oldest finished runs beyond KEEP_FINISHED."""
+    finished = [run for run in list_runs(registry) if run.facts["state"] == "finished"]
+    for run in finished[:-KEEP_FINISHED]:
+        with suppress(StorageError):  # another run may tidy up at the same moment
+            run.store.remove(recursive=True)
+
+
+def _read(store: Store) -> Run:
+    return Run(store, store.join(FILE).read_json())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
