@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from claydist.cluster import Layout, Node, _room, plan_layout
+from claydist.errors import ClusterError
+
+GIB = 2**30
+
+
+def nodes(*cpus: int, free: tuple[int, ...] | None = None, gib: tuple[int, ...] | None = None) -> list[Node]:
+    return [
+        Node(f"n{i}", "127.0.0.1", n, (free or cpus)[i], (gib or (16,) * len(cpus))[i] * GIB)
+        for i, n in enumerate(cpus)
+    ]
+
+
+def plan(found: list[Node], workers: Any = "auto", cpus: Any = "auto", **keys: Any) -> tuple[int, int]:
+    layout = plan_layout(found, workers, cpus, **keys)
+    return layout.n_workers, layout.n_threads
+
+
+@pytest.mark.parametrize(("found", "keys", "expected"), [
+    (nodes(8), {}, (1, 8)), (nodes(8, 8, 8), {}, (3, 8)), (nodes(8, 4), {}, (2, 4)),
+    (nodes(8, 8, free=(8, 3)), {}, (2, 3)), (nodes(8, 8, free=(8, 0)), {}, (2, 1)), (nodes(1), {}, (1, 1)),
+    (nodes(8), {"workers": 2}, (2, 4)), (nodes(8, 8), {"workers": 3}, (3, 4)), (nodes(8, 8), {"workers": 4}, (4, 4)),
+    (nodes(8), {"workers": 8}, (8, 1)), (nodes(8, 8), {"cpus": 2}, (2, 2)), (nodes(8, 1), {"cpus": 2}, (1, 2)),
+    (nodes(8, 8), {"workers": 4, "cpus": 4}, (4, 4)), (nodes(8), {"workers": 3, "cpus": 2}, (3, 2)),
+    (nodes(8, 8, gib=(16, 2)), {"memory_per_worker": 4 * GIB}, (1, 8)),
+    (nodes(8, 4, gib=(2, 16)), {"memory_per_worker": 4 * GIB}, (1, 4)),
+    (nodes(8, 2, gib=(16, 16)), {"workers": 2, "memory_per_worker": 8 * GIB}, (2, 2)),
+])  # fmt: skip
+def test_layout_by_table(found: list[Node], keys: dict[str, Any], expected: tuple[int, int]) -> None:
+    assert plan(found, **keys) == expected
+
+
+def test_what_the_autoscaler_may_add_is_not_refused() -> None:
+    found = nodes(2)
+    assert plan_layout(found, 4, 2, autoscaler_cpus=8) == Layout(4, 2, scales=True)
+    assert plan_layout(found, 1, 2, autoscaler_cpus=8) == Layout(1, 2)
+    with pytest.raises(ClusterError, match="can never hold 4 workers"):
+        plan_layout(found, 4, 2, autoscaler_cpus=7)
+
+
+@pytest.mark.parametrize(("found", "keys", "text"), [
+    ([], {}, "no node with a CPU"),
+    (nodes(2), {"workers": 4, "cpus": 1},
+     "can never hold 4 workers of 1 CPUs: it has 1 nodes with 2 CPUs, room for 2;"),
+    (nodes(2), {"workers": 4}, "set train.workers=2"),
+    (nodes(4, 2), {"workers": 1, "cpus": 8}, "set train.cpus_per_worker=4"),
+    (nodes(4, 4), {"cpus": 8}, "room for 0; set train.cpus_per_worker=4"),
+    (nodes(8, gib=(3,)), {"memory_per_worker": 4 * GIB}, "set train.memory_gb=3.0 or less"),
+    (nodes(8, gib=(9,)), {"workers": 3, "memory_per_worker": 4 * GIB}, "and 9.0 GiB, room for 2; set train.workers=2"),
+])  # fmt: skip
+def test_refused_at_once_with_numbers_and_a_setting_that_works(
+    found: list[Node], keys: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        plan(found, **keys)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("memory", [0, 3 * GIB])
+def test_a_layout_fits_every_cluster_or_is_refused(memory: int) -> None:
+    shapes = [cpus for n in (1, 2, 3) for cpus in itertools.product((1, 2, 5, 8), repeat=n)]
+    n_planned = 0
+    for cpus, workers, threads in itertools.product(shapes, ("auto", 1, 2, 5), ("auto", 1, 3)):
+        found = nodes(*cpus, free=tuple(n // 2 for n in cpus), gib=tuple(n * 2 for n in cpus))
+        try:
+            layout = plan_layout(found, workers, threads, memory_per_worker=memory)  # type: ignore[arg-type]
+        except ClusterError:
+            continue
+        n_planned += 1
+        assert sum(_room(n, layout.n_threads, memory) for n in found) >= layout.n_workers >= 1, (cpus, workers, threads)
+        assert workers == "auto" or layout.n_workers == workers
+        assert threads == "auto" or layout.n_threads == threads
+    assert n_planned > 300
+
+
+def test_auto_never_refuses_a_cluster_that_has_room() -> None:
+    for cpus in itertools.product((1, 2, 5, 8), repeat=3):
+        for gib in itertools.product((1, 4), repeat=3):
+            if max(gib) < 4:
+                continue
+            found = nodes(*cpus, gib=gib)
+            layout = plan_layout(found, "auto", "auto", memory_per_worker=4 * GIB)
+            assert layout.n_workers == sum(g >= 4 for g in gib)
+            assert layout.n_threads == min(c for c, g in zip(cpus, gib, strict=True) if g >= 4)
+
+
+def test_the_setting_that_works_works() -> None:
+    with pytest.raises(ClusterError, match=r"set train\.workers=3"):
+        plan(nodes(2, 1), workers=9, cpus=1)
+    assert plan(nodes(2, 1), workers=3, cpus=1) == (3, 1)
+    with pytest.raises(ClusterError, match=r"set train\.workers=5"):
+        plan(nodes(4, 1), workers=6)
+    assert plan(nodes(4, 1), workers=5) == (5, 1)
