@@ -1,0 +1,341 @@
+"""From a spec to everything training is given: tables, parts, roles, target, features.
+
+Only here are data looked at before training; the test rows are counted, and nothing else is learnt from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from claydist import cluster
+from claydist.dataset.footers import Inventory, take_inventory
+from claydist.dataset.split import SplitPlan
+from claydist.dataset.statistics import Part, PassPlan, PassSums, part_of, summarise
+from claydist.errors import DataError, SpecError
+from claydist.expressions import parse
+from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
+from claydist.labels import decide_target, prior
+from claydist.metrics import TASK_METRICS
+from claydist.models.boosted import ONE_WORKER_OBJECTIVES, booster_params
+from claydist.predictor import Target
+from claydist.profile import ColumnProfile, ColumnSums
+from claydist.registry import Registry, open_registry, registry_url
+from claydist.schema import Column, Roles, Schema, column_of, decide_roles, type_of
+from claydist.spec import LinearSpec, ScoreSpec, TrainSpec, XGBoostSpec
+from claydist.training.boosting import check_params
+from claydist.training.linear import LOSSES
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The inventories of a spec: the main one, and those of `valid.path` and `test.path` where they are given."""
+
+    main: Inventory
+    separate: Mapping[str, Inventory]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all inventories, as hexadecimal text."""
+        parts = [self.main.fingerprint, *(self.separate[name].fingerprint for name in sorted(self.separate))]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    @property
+    def is_remote(self) -> bool:
+        """True where some file is not on a local filesystem."""
+        return any(not store.is_local for table in (self.main, *self.separate.values()) for store in table.stores)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and evaluation are given.
+
+    Attributes
+    ----------
+    parts : rows of train, valid and test, by name; only those that exist.
+    profiles : of the feature columns, over the training rows.
+    prior : the constant model, as `metrics.constant_outcome` takes it.
+    """
+
+    roles: Roles
+    parts: Mapping[str, Part]
+    target: Target
+    plan: FeaturePlan
+    profiles: Mapping[str, ColumnProfile]
+    prior: tuple[float, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def trained_parts(self) -> list[str]:
+        """Parts that a training worker reads."""
+        return [name for name in ("train", "valid") if name in self.parts]
+
+    @property
+    def judged_parts(self) -> list[str]:
+        """Parts that the model is evaluated on; the training rows only where there are no others."""
+        return [name for name in ("valid", "test") if name in self.parts] or ["train"]
+
+    def model_params(self, spec: TrainSpec, n_threads: int) -> dict[str, Any]:
+        """Parameters of the algorithm.
+
+        Raises
+        ------
+        SpecError : for parameters that do not fit the task or the features, or that XGBoost refuses.
+        """
+        if isinstance(spec.model, XGBoostSpec):
+            params = booster_params(spec.model, self.target.task, self.plan, len(self.target.classes), n_threads)
+            check_params(params, self.plan)
+            return params
+        return linear_params(spec.model, self.target)
+
+
+def linear_params(model: LinearSpec, target: Target) -> dict[str, Any]:
+    """Loss and number of outputs of a linear model.
+
+    Raises
+    ------
+    SpecError : when the loss does not fit the task.
+    """
+    possible = LOSSES.get(target.task, ())
+    loss = model.loss or (possible[0] if possible else None)
+    if loss is None or loss not in possible:
+        raise SpecError(
+            f"model.loss: {loss!r} does not fit the task {target.task!r}; "
+            f"expected {' or '.join(possible) or 'kind: xgboost, linear models do not rank'}"
+        )
+    return {"loss": loss, "n_outputs": len(target.classes) if target.task == "multiclass" else 1}
+
+
+def open_tables(spec: TrainSpec) -> Tables:
+    """Inventories of all paths of the spec.
+
+    Raises
+    ------
+    SpecError : for a relative local path inside a Ray job or on several nodes.
+    DataError : when a path holds no Parquet, or a test path is a training file.
+    """
+    data = spec.data
+    check_paths([*data.path, *_separate_paths(spec)])
+    main = _inventory(spec, data.path)
+    separate = {}
+    for name in ("valid", "test"):
+        part = getattr(spec.split, name)
+        if part and part.path:
+            separate[name] = _inventory(spec, part.path)
+            if both := separate[name].overlap(main):
+                raise DataError(f"split.{name}.path names files that are trained on; keep them apart", both[:20])
+    tables = Tables(main, separate)
+    check_visible(tables)
+    return tables
+
+
+def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Prepared:
+    """Everything that training is given, from one pass over the data.
+
+    Parameters
+    ----------
+    cache_dir : where remote bytes are kept for later passes.
+
+    Raises
+    ------
+    DataError : when the columns or rows are not what the spec says.
+    SpecError : when parts of the spec do not fit the data's types.
+    """
+    data, main = spec.data, tables.main
+    where = ", ".join(data.path)
+    split = split_plan(spec)
+    expressions = [parse(text) for text in (data.where, *spec.slices, *(g.slice for g in spec.goals)) if text]
+    for expression in expressions:
+        expression.check(main.schema.names)
+    roles = decide_roles(data, main.schema, where, split.columns)
+    _require_everywhere(main, roles)
+    features = [column_of(main.schema.field(name), where) for name in roles.features]
+    schema = Schema((*features, *(Column(o, "float") for o in (roles.offset,) if o and o not in roles.features)))
+    check_types(schema, data)
+    plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
+    sums = summarise(plan, cluster.run_tasks)
+    for name, apart in tables.separate.items():
+        _check_separate(apart, main, schema, roles, ", ".join(getattr(spec.split, name).path))
+    parts, labels = _parts(spec, tables, plan, sums)
+    if not parts["train"].n_rows:
+        raise DataError("the split leaves no rows to train on; look at data.where and split")
+    target = decide_target(spec, column_of(main.schema.field(roles.label), where), labels)
+    indicator = isinstance(spec.model, LinearSpec) and spec.model.missing_indicator
+    profiles = sums.profiles()
+    _check_target(spec, target, labels)
+    encoder = build_plan(data, schema, profiles, missing_indicator=indicator)
+    warnings = float32_warnings(encoder, profiles) if isinstance(spec.model, XGBoostSpec) else []
+    if trains_alone(spec):
+        warnings.append("quantile and absolute-error objectives are exact on one worker only; it trains on one")
+    constant = tuple(prior(target, sums.label_numbers, sums.label_weights))
+    return Prepared(roles, parts, target, encoder, profiles, constant, tuple(warnings))
+
+
+def registry_of(spec: TrainSpec, flag: str | None = None) -> Registry:
+    """The registry to train into; on storage of the same kind as the data it takes the data's storage options.
+
+    Raises
+    ------
+    SpecError : for a relative local path inside a Ray job or on several nodes.
+    """
+    return _registry(registry_url(flag, spec.registry), spec.data.path, spec.data.storage_options)
+
+
+def scoring_registry(spec: ScoreSpec, flag: str | None = None) -> Registry:
+    """The registry to score from; storage options and errors as `registry_of`."""
+    return _registry(registry_url(flag, spec.registry), spec.input, spec.storage_options)
+
+
+def _registry(url: str, paths: Sequence[str], options: Mapping[str, Any]) -> Registry:
+    check_paths([url])
+    protocols = {path.partition("://")[0] for path in paths if "://" in path}
+    return open_registry(url, options=options if url.partition("://")[0] in protocols else None)
+
+
+def check_paths(paths: Any) -> None:
+    """Pass when every node would find the same files under these paths.
+
+    Raises
+    ------
+    SpecError : for a relative local path inside a Ray job or on several nodes.
+    """
+    relative = [p for p in paths if "://" not in str(p) and not Path(p).is_absolute()]
+    if relative and (cluster.is_inside_job() or len(cluster.nodes()) > 1):
+        raise SpecError(
+            f"relative paths {sorted(relative)} mean another place inside a Ray job or on another node; "
+            f"give absolute paths that every node sees, or storage URLs (s3://, gs://)"
+        )
+
+
+def memory_bytes(spec: TrainSpec) -> int:
+    """Memory that Ray is asked for by worker, in bytes; 0 where the spec does not say."""
+    return int((spec.train.memory_gb or 0) * 2**30)
+
+
+def _separate_paths(spec: TrainSpec) -> list[str]:
+    return [path for part in (spec.split.valid, spec.split.test) if part and part.path for path in part.path]
+
+
+def _inventory(spec: TrainSpec, paths: tuple[str, ...]) -> Inventory:
+    return take_inventory(paths, options=spec.data.storage_options, types=spec.data.types, run=cluster.run_tasks)
+
+
+def _require_everywhere(inventory: Inventory, roles: Roles) -> None:
+    """A label or weight that is absent from a file would be null there; say which file."""
+    problems = [
+        f"column {name!r} is absent from {url}"
+        for name in (roles.label, roles.weight, roles.group, roles.offset) if name
+        for url in inventory.missing(name)[:20]
+    ]  # fmt: skip
+    if problems:
+        raise DataError("files lack a column that every row needs", problems)
+
+
+def _check_separate(there: Inventory, main: Inventory, schema: Schema, roles: Roles, where: str) -> None:
+    """Pass when a table of its own has the columns of the training table, with their types."""
+    schema.check(there.schema, where)
+    single = [name for name in (roles.label, roles.weight, roles.group) if name]
+    if absent := sorted(set(single) - set(there.schema.names)):
+        raise DataError(f"{where} lacks the columns {absent} of the training table")
+    _require_everywhere(there, roles)
+    for name in single:
+        found, expected = there.schema.field(name).type, main.schema.field(name).type
+        if type_of(found) != type_of(expected):
+            raise DataError(f"column {name!r} is {found} in {where}, and {expected} in the training table; cast it")
+
+
+def _parts(spec: TrainSpec, tables: Tables, plan: PassPlan, sums: PassSums) -> tuple[dict[str, Part], ColumnSums]:
+    """The parts that exist, and the sums of the label over all of them."""
+    parts = {"train": part_of(sums, plan, "train")}
+    labels = sums.labels
+    for name in ("valid", "test"):
+        if getattr(spec.split, name) is None:
+            continue
+        if name in tables.separate:
+            apart = replace(plan, inventory=tables.separate[name], split=None, only=name)
+            there = summarise(apart, cluster.run_tasks)
+            parts[name] = part_of(there, apart, name)
+            labels = labels + there.labels
+        else:
+            parts[name] = part_of(sums, plan, name)
+        if not parts[name].n_rows:
+            raise DataError(f"split.{name} holds no rows; look at what it selects")
+    return parts, labels
+
+
+def _check_target(spec: TrainSpec, target: Target, labels: ColumnSums) -> None:
+    """Pass when the model and the goals can have this target; else it would only be found out at the end."""
+    possible = TASK_METRICS[target.task]
+    if foreign := sorted({g.metric for g in spec.goals if g.metric.partition("@")[0] not in possible}):
+        raise SpecError(
+            f"goals: {', '.join(foreign)} are not metrics of the task {target.task!r}: {', '.join(possible)}"
+        )
+    if spec.data.offset and (target.task == "multiclass" or len(target.quantiles) > 1):
+        raise SpecError(f"data.offset: a model of several outputs ({target.task}) takes no offset; leave it out")
+    values = [v for v in labels.counts or () if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if target.task == "ranking" and values and (min(values) < 0 or max(values) > 31):
+        raise DataError(
+            f"label column {target.column!r} runs from {min(values)} to {max(values)}; relevance must be 0 to 31: "
+            f"make it grades"
+        )
+
+
+def plan_workers(spec: TrainSpec) -> cluster.Layout:
+    """Workers and threads on the cluster as it is.
+
+    Raises
+    ------
+    ClusterError : when it can never hold them.
+    """
+    workers = 1 if trains_alone(spec) else spec.train.workers
+    return cluster.plan_layout(
+        cluster.nodes(),
+        workers,
+        spec.train.cpus_per_worker,
+        memory_per_worker=memory_bytes(spec),
+        autoscaler_cpus=cluster.autoscaler_cpus(),
+    )
+
+
+def trains_alone(spec: TrainSpec) -> bool:
+    """True where only one worker gives the exact model: leaves that XGBoost would average over workers' quantiles."""
+    model = spec.model
+    return isinstance(model, XGBoostSpec) and (model.objective in ONE_WORKER_OBJECTIVES or bool(model.quantiles))
+
+
+def split_plan(spec: TrainSpec) -> SplitPlan:
+    """The split of the spec; a ranking is split by its queries, so that none is on both sides."""
+    return SplitPlan.of(spec.split, spec.seed, (spec.data.group,) if spec.data.group else spec.data.key)
+
+
+def check_visible(tables: Tables) -> None:
+    """Pass when every node sees local files with the same size.
+
+    Raises
+    ------
+    DataError : with the nodes that do not, and what they see.
+    """
+    local = {
+        store.path: entry.size
+        for table in (tables.main, *tables.separate.values())
+        for store, entry in zip(table.stores, table.files, strict=True) if store.is_local
+    }  # fmt: skip
+    if not local or len({node.address for node in cluster.nodes()}) < 2:
+        return
+    problems = [problem for seen in cluster.run_on_every_node(_differing_sizes, local) for problem in seen[:5]]
+    if problems:
+        raise DataError("local files are not the same on every node; use a shared folder or storage URLs", problems)
+
+
+def _differing_sizes(expected: Mapping[str, int]) -> list[str]:
+    found = {path: Path(path).stat().st_size if Path(path).exists() else None for path in expected}
+    host = socket.gethostname()
+    return [
+        f"{path} on {host}: expected {expected[path]} bytes, found {'no such file' if size is None else size}"
+        for path, size in found.items()
+        if size != expected[path]
+    ]

@@ -1,0 +1,1 @@
+"""Training on Ray Train: the driver, the workers' loops, segments and resume, goals."""

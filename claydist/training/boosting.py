@@ -1,0 +1,347 @@
+"""The worker's loop for boosted models: bin the shard, boost in segments, stop early, checkpoint.
+
+A segment is a run of rounds with a fresh booster that continues the one before, seeded by (seed, segment). Its bounds
+are a function of the round alone, so the model does not depend on the clock, and a run that resumes at a bound gives
+the same bytes as one that was never disturbed, also with subsampling (XGBoost's random state is not in its model:
+dmlc/xgboost#10324).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import xgboost as xgb
+
+from claydist.collective import Collective
+from claydist.errors import SpecError
+from claydist.features import Encoded, FeaturePlan
+from claydist.models.boosted import position_names
+from claydist.spec import XGBoostSpec
+from claydist.storage import Store
+from claydist.training.checkpoints import find_checkpoint, save_checkpoint
+from claydist.training.job import KEEP_BYTES, Batch, Shard, TrainJob, by_group
+from claydist.training.progress import Reporter
+
+FIRST_SEGMENT = 25
+SAMPLED_ROWS = 200_000
+# The metric of the training rows is for the eye: beyond so many rows it is looked at every tenth round.
+TRAIN_METRIC_ROWS = 200_000
+TRAIN_METRIC_EVERY = 10
+RISING_METRICS = ("ndcg", "map", "pre")
+# Summed exactly over workers by XGBoost; the others (auc, aucpr, custom ones) are averages of the workers' values.
+SUMMED_METRICS = (
+    "logloss", "mlogloss", "error", "merror", "rmse", "rmsle", "mae", "mape", "mphe", "poisson-nloglik",
+    "gamma-nloglik", "gamma-deviance", "tweedie-nloglik", "quantile", "ndcg", "map", "pre",
+)  # fmt: skip
+
+
+def segment_end(done: int, rounds: int) -> int:
+    """The round at which the segment that starts at `done` ends: 25, 50, 100, 200, ... and at last `rounds`."""
+    bound = FIRST_SEGMENT
+    while bound <= done:
+        bound *= 2
+    return min(bound, rounds)
+
+
+def segment_seed(seed: int, done: int) -> int:
+    """The seed of the segment that starts at `done`, below 2^31."""
+    return int(np.random.SeedSequence((seed, done)).generate_state(1)[0] >> 1)
+
+
+@dataclass
+class History:
+    """The evaluation metric round by round, and whether boosting should stop.
+
+    Attributes
+    ----------
+    metric : XGBoost's name.
+    values : by part, one value a round; None where train was not looked at.
+    """
+
+    metric: str
+    values: dict[str, list[float | None]] = field(default_factory=dict)
+
+    def add(self, line: str, parts: Iterable[str]) -> None:
+        """Take XGBoost's line of a round: `[7]`, then `train-rmse:1.5` and the like, with tabs between."""
+        found: dict[str, float] = {}
+        for item in line.split("\t")[1:]:
+            name, _, value = item.rpartition(":")
+            found[name.partition("-")[0]] = float(value)
+        for part in parts:
+            self.values.setdefault(part, []).append(found.get(part))
+
+    def latest(self) -> dict[str, float]:
+        """The newest value of each part."""
+        known = {part: [v for v in values if v is not None] for part, values in self.values.items()}
+        return {part: values[-1] for part, values in known.items() if values}
+
+    @property
+    def rises(self) -> bool:
+        """True where larger is better."""
+        return self.metric.partition("@")[0] in RISING_METRICS
+
+    def best_round(self) -> int | None:
+        """The first round with the best value on valid; None where valid is not watched."""
+        watched = [value for value in self.values.get("valid", []) if value is not None]
+        if not watched:
+            return None
+        return int(np.argmax(watched) if self.rises else np.argmin(watched))
+
+    def is_over(self, patience: int | None) -> bool:
+        """True when valid has not gained for `patience` rounds."""
+        best = self.best_round()
+        return patience is not None and best is not None and len(self.values["valid"]) - 1 - best >= patience
+
+
+class ShardIter(xgb.DataIter):
+    """The shard's batches as XGBoost passes over them (four times for a quantile matrix).
+
+    Parameters
+    ----------
+    make : the batches of one pass, as arguments of XGBoost's `input_data`.
+    keep : hold the batches of the first pass for the others, instead of making them again.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], *, keep: bool) -> None:
+        super().__init__(release_data=True)
+        self._make = make
+        self._kept: list[dict[str, Any]] | None = None
+        self._keep = keep
+        self._batches: Iterator[dict[str, Any]] = iter(())
+
+    def reset(self) -> None:
+        """Start the next pass."""
+        self._batches = self._first_pass() if self._kept is None else iter(self._kept)
+
+    def next(self, input_data: Callable[..., Any]) -> bool:
+        """Hand over the next batch; False at the end of a pass."""
+        batch = next(self._batches, None)
+        if batch is None:
+            return False
+        input_data(**batch)
+        return True
+
+    def _first_pass(self) -> Iterator[dict[str, Any]]:
+        kept = []
+        for batch in self._make():
+            if self._keep:
+                kept.append(batch)
+            yield batch
+        if self._keep:
+            self._kept = kept
+
+
+def shard_inputs(shard: Shard, reporter: Reporter, part: str) -> Iterator[dict[str, Any]]:
+    """The shard's rows as arguments of XGBoost's `input_data`; one batch of no rows for an empty shard."""
+    job, n_seen = shard.job, 0
+    batches = shard.batches() if shard.n_rows else iter([shard.empty()])
+    if job.roles.group:
+        batches = iter([by_group(batches)])
+    for batch in batches:
+        yield _as_input(job.plan, batch)
+        n_seen += batch.encoded.n_rows
+        reporter.tell(stage="read", part=part, rows=n_seen, of=shard.n_rows)
+
+
+def _as_input(plan: FeaturePlan, batch: Batch) -> dict[str, Any]:
+    given: dict[str, Any] = {"data": plan.tree_matrix(batch.encoded), "label": batch.y}
+    if batch.group is not None:
+        queries, qid = np.unique(batch.group, return_inverse=True)
+        given["qid"] = qid
+        if batch.w is not None:
+            # XGBoost weighs whole queries.
+            given["weight"] = np.bincount(qid, batch.w, len(queries)) / np.bincount(qid, minlength=len(queries))
+    elif batch.w is not None:
+        given["weight"] = batch.w
+    if batch.offset is not None:
+        given["base_margin"] = batch.offset
+    return {**given, "feature_names": position_names(plan), "feature_types": plan.kinds}
+
+
+def sampled_inputs(shard: Shard, n_sample: int) -> Iterator[dict[str, Any]]:
+    """About `n_sample` of the shard's rows, evenly spread, as `shard_inputs`; the same for the same job."""
+    job = shard.job
+    step = max(1, shard.n_rows // n_sample)
+    rng = np.random.default_rng((job.seed, 1))
+    for batch in shard.batches():
+        at = np.arange(int(rng.integers(step)), batch.encoded.n_rows, step)
+        if len(at):
+            columns = tuple(column[at] for column in batch.encoded.columns)
+            w = None if batch.w is None else batch.w[at]
+            yield _as_input(job.plan, Batch(Encoded(len(at), columns), batch.y[at], w, None))
+
+
+def boost(job: TrainJob, collective: Collective, reporter: Reporter) -> dict[str, Any]:
+    """Train on this worker's shard together with the others; the same model on all.
+
+    Returns
+    -------
+    model (UBJSON bytes), history, n_rounds, resumed_at, seconds by stage.
+    """
+    spec = job.model
+    assert isinstance(spec, XGBoostSpec)
+    started = time.monotonic()
+    matrices = _matrices(job, collective.rank, reporter)
+    binned = time.monotonic()
+    history = History(str(job.params["eval_metric"]))
+    raw, done = _resume(job.run, collective, history)
+    resumed_at, saved = done, time.monotonic()
+    while done < spec.rounds and not history.is_over(spec.early_stopping):
+        end = segment_end(done, spec.rounds)
+        raw, done = _segment(job, matrices, raw, (done, end), history, reporter)
+        due = time.monotonic() - saved >= job.checkpoint_s
+        if collective.rank == 0 and due and done == end < spec.rounds:
+            save_checkpoint(job.run, raw, {"round": done, "history": history.values})
+            saved = time.monotonic()
+    best = history.best_round()
+    n_rounds = best + 1 if spec.early_stopping and best is not None else done
+    if n_rounds < done:
+        raw = _raw(_load(raw)[:n_rounds])
+    return {
+        "model": raw,
+        "history": {"metric": history.metric, **history.values, "best_round": best},
+        "n_rounds": n_rounds,
+        "resumed_at": resumed_at,
+        "seconds": {"read and bin": binned - started, "boost": time.monotonic() - binned},
+    }
+
+
+def check_params(params: Mapping[str, Any], plan: FeaturePlan) -> None:
+    """Pass when XGBoost takes the parameters, tried on eight rows in this process.
+
+    Raises
+    ------
+    SpecError : in XGBoost's words, for a value it refuses or a name it does not know.
+    """
+    metric = str(params["eval_metric"])
+    if metric.partition("@")[0] not in SUMMED_METRICS:
+        raise SpecError(
+            f"model.params.eval_metric: {metric!r} is an average of workers' values in XGBoost, not a sum; "
+            f"choose one of {', '.join(SUMMED_METRICS)}; claydist reports exact auc and the others at the end"
+        )
+    rng = np.random.default_rng(0)
+    n_classes = int(params.get("num_class", 2))
+    X = rng.integers(0, 2, (8, len(plan.names))).astype(np.float32)
+    ranking = {"qid": np.zeros(8)} if str(params["objective"]).startswith("rank:") else {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            # A gamma distribution has no zero.
+            y = np.ones(8) if params["objective"] == "reg:gamma" else np.arange(8) % n_classes
+            options = {**ranking, **_bin_options(params)}
+            Xy = xgb.QuantileDMatrix(X, y, feature_types=plan.kinds, enable_categorical=True, nthread=1, **options)
+            xgb.train({**params, "nthread": 1, "validate_parameters": True}, Xy, 1)
+        except (xgb.core.XGBoostError, ValueError, TypeError) as e:
+            lines = [line.strip() for line in str(e).splitlines() if line.strip() and "Stack trace" not in line]
+            raise SpecError(
+                f"model.params: XGBoost refuses them: {lines[0][:300] if lines else type(e).__name__}"
+            ) from e
+    unused = [str(w.message) for w in caught if "are not used" in str(w.message)]
+    if unused:
+        names = unused[0].partition("Parameters: {")[2].partition("}")[0].strip()
+        raise SpecError(f"model.params: XGBoost {xgb.__version__} does not use {names}; take it out, or mend the name")
+
+
+def _matrices(job: TrainJob, rank: int, reporter: Reporter) -> dict[str, xgb.QuantileDMatrix]:
+    """The quantile matrix of each part; the others take their cuts from train, and train from a sample if so asked."""
+    matrices: dict[str, xgb.QuantileDMatrix] = {}
+    cuts = _sample_matrix(job, rank) if isinstance(job.model, XGBoostSpec) and job.model.binning == "sample" else None
+    for part in job.parts:
+        shard = job.shard(part, rank)
+        keep = shard.n_rows * len(job.plan.features) * 4 <= KEEP_BYTES or job.roles.group is not None
+        rows = ShardIter(partial(shard_inputs, shard, reporter, part), keep=keep)
+        matrices[part] = _quantile_matrix(job, rows, matrices.get("train", cuts))
+        del rows
+        gc.collect()
+    return matrices
+
+
+def _sample_matrix(job: TrainJob, rank: int) -> xgb.QuantileDMatrix:
+    """A small matrix of rows from all shards, to take quantile cuts from."""
+    shard = job.shard("train", rank)
+    if job.roles.group:
+        raise SpecError("model.binning 'sample' cannot sample whole queries; use 'exact' for a ranking")
+    n_sample = max(1, SAMPLED_ROWS * shard.n_rows // job.parts["train"].n_rows)
+    return _quantile_matrix(job, ShardIter(partial(sampled_inputs, shard, n_sample), keep=True), None)
+
+
+def _quantile_matrix(job: TrainJob, rows: ShardIter, cuts: xgb.QuantileDMatrix | None) -> xgb.QuantileDMatrix:
+    options = _bin_options(job.params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ee]mpty dataset.*")
+        return xgb.QuantileDMatrix(rows, ref=cuts, nthread=job.n_threads, enable_categorical=True, **options)
+
+
+def _bin_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a quantile matrix must know as the booster does."""
+    return {"max_bin": int(params["max_bin"])} if "max_bin" in params else {}
+
+
+def _segment(
+    job: TrainJob,
+    matrices: Mapping[str, xgb.QuantileDMatrix],
+    raw: bytes,
+    bounds: tuple[int, int],
+    history: History,
+    reporter: Reporter,
+) -> tuple[bytes, int]:
+    """Model and rounds after the rounds [bounds[0], bounds[1]), or fewer when valid stops gaining.
+
+    Models come and go as bytes: a booster holds several numbers for each row, and there should be one at a time.
+    """
+    start, end = bounds
+    assert isinstance(job.model, XGBoostSpec)
+    params = {**job.params, "seed": segment_seed(job.seed, start), "validate_parameters": False}
+    booster = xgb.Booster(params, list(matrices.values()))
+    if raw:
+        booster.load_model(bytearray(raw))
+        booster.set_param(params)
+    n_rows = job.parts["train"].n_rows
+    every = 1 if n_rows <= TRAIN_METRIC_ROWS else TRAIN_METRIC_EVERY
+    for done in range(start, end):
+        began = time.monotonic()
+        booster.update(matrices["train"], iteration=done)
+        look = done % every == every - 1 or done == 0
+        watched = [(matrix, part) for part, matrix in matrices.items() if look or part != "train"]
+        history.add(booster.eval_set(watched, done) if watched else "", matrices)
+        took = max(time.monotonic() - began, 1e-9)
+        reporter.tell(
+            stage="boost",
+            round=done + 1,
+            of=job.model.rounds,
+            metric=history.metric,
+            values=history.latest(),
+            rows_per_s=n_rows / took,
+            eta_s=took * (job.model.rounds - done - 1),
+        )
+        if history.is_over(job.model.early_stopping):
+            break
+    return _raw(booster), booster.num_boosted_rounds()
+
+
+def _resume(run: Store, collective: Collective, history: History) -> tuple[bytes, int]:
+    """The model of the newest checkpoint and its rounds; all workers must have found the same one."""
+    found = find_checkpoint(run)
+    collective.check_contract({"checkpoint": found[0]["sha256"] if found else None})
+    if found is None:
+        return b"", 0
+    state, raw = found
+    history.values.update({part: list(values) for part, values in state["history"].items()})
+    return raw, int(state["round"])
+
+
+def _load(raw: bytes) -> xgb.Booster:
+    booster = xgb.Booster()
+    booster.load_model(bytearray(raw))
+    return booster
+
+
+def _raw(booster: xgb.Booster) -> bytes:
+    return bytes(booster.save_raw("ubj"))
