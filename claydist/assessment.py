@@ -1,0 +1,60 @@
+"""A registered model against labelled tables: what `claydist evaluate` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from claydist import cluster
+from claydist.bundle import read_bundle
+from claydist.dataset.footers import take_inventory
+from claydist.dataset.statistics import PassPlan, part_of, summarise
+from claydist.errors import DataError
+from claydist.evaluate import EvaluationPlan, evaluate
+from claydist.expressions import parse
+from claydist.preparation import check_paths
+from claydist.registry import Registry
+from claydist.schema import Roles
+from claydist.spec import DataSpec
+
+
+def evaluate_reference(
+    ref: str,
+    paths: Sequence[str],
+    registry: Registry,
+    *,
+    where: str | None = None,
+    slices: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Exact metrics of a version on all rows of some tables, as in the JSON of `evaluate`.
+
+    Weights and ranking queries are those of training, where the tables have their columns.
+
+    Raises
+    ------
+    DataError : when the tables lack the label or a feature, or a label is null.
+    """
+    check_paths(paths)
+    found = registry.resolve(ref)
+    bundle = read_bundle(found.store)
+    predictor, data = bundle.predictor, bundle.manifest["spec"]["data"]
+    inventory = take_inventory(paths, options=storage_options or {}, types=data["types"], run=cluster.run_tasks)
+    place = ", ".join(paths)
+    names = inventory.schema.names
+    if predictor.target.column not in names:
+        raise DataError(f"label column {predictor.target.column!r} is absent from {place}; columns: {', '.join(names)}")
+    predictor.schema.check(inventory.schema, place)
+    if where:
+        parse(where).check(names)
+    weight, group = (data[role] if data[role] in names else None for role in ("weight", "group"))
+    label = predictor.target.column
+    asked = {**data, "path": list(paths), "where": where, "label": {**data["label"], "column": label}}
+    roles = Roles((), label, weight, None, group, ())
+    plan = PassPlan(inventory, DataSpec.model_validate(asked), roles, only="test")
+    part = part_of(summarise(plan, cluster.run_tasks), plan, "test")
+    evaluation = evaluate(EvaluationPlan(predictor, part, weight=weight, group=group, slices=tuple(slices)))
+    return {
+        "model": found.name, "version": found.version, "rows": evaluation.n_rows, "metrics": evaluation.metrics,
+        "slices": evaluation.slices, "unseen": dict(evaluation.unseen),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Reports that a person reads: points of curves, plots and HTML."""
