@@ -1,0 +1,157 @@
+"""What must hold before a row is scored; each failure is one clear error."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from fsspec.utils import glob_translate
+
+from claydist.dataset.footers import Inventory
+from claydist.errors import DataError, SpecError
+from claydist.expressions import parse
+from claydist.predictor import Predictor
+from claydist.scoring.dates import UNDATED, DateRows, DateRule, parse_day
+from claydist.scoring.publish import MANIFEST
+from claydist.spec import ScoreSpec
+from claydist.storage import Store, open_store, split_glob
+
+_LISTED = 20
+
+
+def check_columns(spec: ScoreSpec, rule: DateRule | None, inventory: Inventory, predictor: Predictor) -> None:
+    """Pass when the input has the model's columns, the key, and what `where` and `date` name, in types that fit.
+
+    Raises
+    ------
+    DataError : with every column that is absent or of a wrong type.
+    """
+    where, names = ", ".join(spec.input), inventory.schema.names
+    predictor.schema.check(inventory.schema, where)
+    if absent := sorted(set(spec.key) - set(names)):
+        raise DataError(f"key columns {absent} are not in {where}; it has {', '.join(sorted(names))}")
+    if taken := sorted(set(spec.key) & set(predictor.target.output_columns)):
+        raise DataError(f"key columns {taken} have the names of columns of the prediction; rename them in the input")
+    if spec.where is not None:
+        parse(spec.where).check(names)
+    if rule is not None:
+        rule.check(inventory.schema, where)
+
+
+def check_files(inventory: Inventory, rows: Sequence[DateRows], columns: Sequence[str], what: str) -> None:
+    """Pass when the files of a date have the model's columns; in some of them a column may be absent, and is null.
+
+    Raises
+    ------
+    DataError : when a column is in none of the date's files.
+    """
+    files = [inventory.files[found.file] for found in rows]
+    there = {name for n in {f.schema for f in files} for name in inventory.schemas[n].names}
+    there |= {name for f in files for name, _ in f.keys}
+    if absent := sorted(set(columns) - there):
+        raise DataError(
+            f"{what}: columns {absent}, which the model needs, are in none of its files, of which the first is "
+            f"{files[0].url}; write them anew with these columns"
+        )
+
+
+def check_apart(spec: ScoreSpec, inventory: Inventory, output: Store) -> None:
+    """Pass when nothing that is published is read as input, now or in the next run.
+
+    Raises
+    ------
+    SpecError : when input and output overlap.
+    """
+    published = f"{_real(output)}/{UNDATED}/part-0.parquet"
+    problems = [f"the input has {_real(s)}, which is in the output" for s in inventory.stores if _is_in(s, output)]
+    for url in spec.input:
+        before, pattern = split_glob(url)
+        root = open_store(before, spec.storage_options)
+        if pattern is None and root.is_dir() and _is_in(output, root):
+            problems.append(f"the output is in the input {url!r}")
+        elif pattern is not None and published.startswith(f"{_real(root)}/"):
+            below = published.removeprefix(f"{_real(root)}/")
+            if re.compile(glob_translate(pattern)).match(below):
+                problems.append(f"the input {url!r} would find what is published")
+    if problems:
+        raise SpecError(f"input and output overlap, the output being {output.url}; keep them apart", problems[:_LISTED])
+
+
+def check_output(output: Store, rule: DateRule | None) -> None:
+    """Pass when the output is absent, empty, or holds nothing but what this program publishes by the same rule.
+
+    Raises
+    ------
+    DataError : with the names that are foreign.
+    """
+    foreign = []
+    if output.exists() and not output.is_dir():
+        raise DataError(f"expected a folder for the output, found a file: {output.url}; give another output")
+    for name in output.list():
+        if name.startswith((".", "_")) or name == (UNDATED if rule is None else None):
+            continue
+        key, equals, value = name.partition("=")
+        if rule is None or key != rule.folder_key or not equals or parse_day(value) is None:
+            foreign.append(name)
+    if foreign:
+        expected = f"only {UNDATED!r}" if rule is None else f"only folders such as {rule.folder_key}=2026-11-21"
+        raise DataError(
+            f"the output {output.url} holds what this spec does not publish ({expected}); give an empty or new folder",
+            foreign[:_LISTED],
+        )
+
+
+def check_folder(output: Store, folder: str) -> None:
+    """Pass when a date's folder that has no manifest has no file either.
+
+    Raises
+    ------
+    DataError : with the names that are foreign.
+    """
+    found = [name for name in output.join(folder).list() if name != MANIFEST]
+    if found and output.is_local:
+        raise DataError(
+            f"{output.join(folder).url} holds files and no {MANIFEST}, so it is not ours; move it away", found[:_LISTED]
+        )
+
+
+def missing_marker(
+    inventory: Inventory, rows: Sequence[DateRows], rule: DateRule | None, name: str, cache: dict[str, bool]
+) -> str | None:
+    """A folder of the date's input that lacks the file which says that it is complete; None when none does.
+
+    A file's own folder is looked at, and those above it down to the one whose name gives the date.
+    """
+    for found in rows:
+        store = inventory.stores[found.file]
+        folders = _marker_folders(store, () if rule is None else rule.columns)
+        if not any(_has(folder, name, cache) for folder in folders):
+            return folders[0].url
+    return None
+
+
+def _marker_folders(store: Store, keys: Sequence[str]) -> list[Store]:
+    """The file's folder, then those above it, the last being the lowest whose name is one of the date's keys."""
+    parents = store.url.split("/")[:-1]
+    at = [i for i, part in enumerate(parents) if part.partition("=")[0] in keys and "=" in part]
+    n_up = len(parents) - at[-1] if at else 1
+    folders, url, place = [], store.url, store.path
+    for _ in range(n_up):
+        url, place = url.rpartition("/")[0], place.rpartition("/")[0]
+        folders.append(Store(url, store.fs, place))
+    return folders
+
+
+def _has(folder: Store, name: str, cache: dict[str, bool]) -> bool:
+    if folder.url not in cache:
+        cache[folder.url] = folder.join(name).exists()
+    return cache[folder.url]
+
+
+def _real(store: Store) -> str:
+    return os.path.realpath(store.path) if store.is_local else store.url
+
+
+def _is_in(inner: Store, outer: Store) -> bool:
+    return f"{_real(inner)}/".startswith(f"{_real(outer).rstrip('/')}/")

@@ -1,0 +1,177 @@
+"""One lock for each output and date, held by a run whose lease is renewed while it lives.
+
+```
+_locks/<run>.lease           until when the run holds its locks; replaced while it runs, removed at its end
+_locks/<folder>~000003.json  who took the lock; created exclusively and never changed; the highest number holds it
+```
+A lock is free when its owner's lease is absent or over, or when host, pid and start time show that its process is gone.
+The next owner takes the next number, which two cannot; the highest number is never removed, so that a number that
+somebody has seen free cannot be taken a second time. A lease that ends too early (a stopped process, clocks apart)
+costs work and nothing else: the commit compares and sets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from claydist.errors import AlreadyExists, StorageError
+from claydist.storage import Store
+
+FOLDER = "_locks"
+LEASE_S = 60.0
+RENEW_S = 15.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process: its run, its host (with boot and pid namespace, in which a pid is one process), and when it began."""
+
+    run: str
+    host: str
+    pid: int
+    started: str
+    since: str = ""
+
+    @classmethod
+    def me(cls, run: str) -> Owner:
+        """The process that asks."""
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return cls(run, _host(), os.getpid(), _started(os.getpid()) or "", since)
+
+    def describe(self) -> str:
+        """The owner as a person reads it."""
+        return f"run {self.run}, process {self.pid} on {self.host.split('/')[0]}, since {self.since}"
+
+
+def judge(owner: Owner, until: float | None, here: str, started: str | None, now: float) -> Literal["held", "free"]:
+    """Whether the owner still holds its locks; pure.
+
+    Parameters
+    ----------
+    until : end of its lease in seconds since the epoch; None when there is no lease.
+    here : the host of this process.
+    started : when a process of the owner's pid began on this host; None when there is none, or it is another host.
+    now : seconds since the epoch.
+    """
+    if until is None or until <= now:
+        return "free"
+    return "free" if owner.host == here and owner.started != started else "held"
+
+
+@dataclass
+class Lease:
+    """The lease of one run for the length of a block, renewed by a thread; all its locks end with it."""
+
+    output: Store
+    owner: Owner
+    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def __enter__(self) -> Lease:
+        self._renew()
+        self._thread = threading.Thread(target=self._keep, name="claydist-lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with suppress(StorageError):  # it ends by itself
+            self._file.remove()
+
+    @property
+    def _file(self) -> Store:
+        return self.output.join(FOLDER, f"{self.owner.run}.lease")
+
+    def _renew(self) -> None:
+        self._file.write(json.dumps({"until": time.time() + LEASE_S}).encode())
+
+    def _keep(self) -> None:
+        while not self._stop.wait(RENEW_S):
+            with suppress(StorageError):  # of a moment, perhaps; the commit compares what it replaces
+                self._renew()
+
+    def try_lock(self, folder: str) -> Owner | None:
+        """None when the lock is now held by this run; else who holds it."""
+        while True:
+            numbers = self._numbers(folder)
+            if numbers:
+                holder = self._read(folder, numbers[-1])
+                if holder is None:
+                    continue  # removed since: there is a higher number
+                if self._judge(holder) == "held":
+                    return None if holder.run == self.owner.run else holder
+            mine = numbers[-1] + 1 if numbers else 1
+            try:
+                self._place(folder, mine).create(json.dumps(asdict(self.owner)).encode())
+            except AlreadyExists:
+                continue  # somebody took this number; look who
+            # Since the look others may have taken this number and the next, and removed this one again.
+            if self._numbers(folder)[-1] != mine:
+                self._remove(folder, mine)
+                continue
+            for old in numbers:
+                self._remove(folder, old)
+            return None
+
+    def _remove(self, folder: str, number: int) -> None:
+        with suppress(StorageError):
+            self._place(folder, number).remove()
+
+    def _judge(self, holder: Owner) -> Literal["held", "free"]:
+        here = _host()
+        started = _started(holder.pid) if holder.host == here else None
+        return judge(holder, self._until(holder.run), here, started, time.time())
+
+    def _until(self, run: str) -> float | None:
+        tree = self._tree(self.output.join(FOLDER, f"{run}.lease"))
+        return float(tree["until"]) if tree else None
+
+    def _numbers(self, folder: str) -> list[int]:
+        begin, end = f"{folder}~", ".json"
+        names = (name for name in self.output.join(FOLDER).list() if name.startswith(begin) and name.endswith(end))
+        return sorted(int(name[len(begin) : -len(end)]) for name in names)
+
+    def _read(self, folder: str, number: int) -> Owner | None:
+        tree = self._tree(self._place(folder, number))
+        return Owner(**tree) if tree else None
+
+    def _place(self, folder: str, number: int) -> Store:
+        return self.output.join(FOLDER, f"{folder}~{number:06}.json")
+
+    @staticmethod
+    def _tree(place: Store) -> Mapping[str, Any] | None:
+        """What the file says; None when it is gone, as it may be at any moment."""
+        try:
+            tree: Mapping[str, Any] = place.read_json()
+        except StorageError:
+            if place.exists():
+                raise
+            return None
+        return tree
+
+
+def _host() -> str:
+    boot = namespace = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    return f"{socket.gethostname()}/{boot}/{namespace}"
+
+
+def _started(pid: int) -> str | None:
+    """When the process began, in the kernel's clock ticks; None when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold anything
+    return None if fields[0] in "ZX" else fields[19]

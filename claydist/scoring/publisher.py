@@ -1,0 +1,175 @@
+"""From a date whose units are all staged to a published one: account, quarantine limit, gates, manifest, commit."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from claydist.display import Display
+from claydist.errors import DataError, GateFailed
+from claydist.predictor import Target
+from claydist.scoring import publish
+from claydist.scoring.choice import DateRun
+from claydist.scoring.dates import DateRule, parse_day
+from claydist.scoring.gates import judge_gates, reasons, too_many
+from claydist.scoring.reports import MOST_DATES, write_report
+from claydist.scoring.staging import Staged, Staging
+from claydist.scoring.units import UnitStats
+from claydist.scoring.worker import ModelFiles
+from claydist.sketch import Sketch
+from claydist.spec import ScoreSpec
+from claydist.storage import Store
+
+MOST_WARNINGS = 10
+
+
+@dataclass
+class Publisher:
+    """Publishes the dates of one run, one after another.
+
+    Parameters
+    ----------
+    roles : columns of weight and ranking query in the model's training, for `evaluate --scores`.
+    training : scores on the rows that the model was evaluated on; None where the bundle has none.
+    run_id : of this run.
+    """
+
+    output: Store
+    spec: ScoreSpec
+    rule: DateRule | None
+    model: ModelFiles
+    target: Target
+    roles: dict[str, str | None]
+    training: Sketch | None
+    run_id: str
+    display: Display
+    _scores: dict[dt.date, Sketch] = field(default_factory=dict)
+    _replaced: list[Path] = field(default_factory=list)
+    _warnings: list[str] = field(default_factory=list)
+    _stats: dict[str, UnitStats] = field(default_factory=dict)
+    _verdicts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def publish(self, one: DateRun, names: Sequence[str]) -> None:
+        """Publish a date whose units are all staged, and set what became of it.
+
+        Parameters
+        ----------
+        names : what was in staging when the run began.
+
+        Raises
+        ------
+        DataError : when more rows are in quarantine than the spec allows.
+        GateFailed : with every gate that fails.
+        Locked : when another run has published the date meanwhile.
+        """
+        staged = [one.staged[unit.unit_id] for unit in one.planned.units]
+        stats = UnitStats()
+        for unit in staged:
+            stats = stats + unit.stats
+        if stats.n_read == stats.left_out:
+            one.ended("empty", f"`where` is true for no row of {one.folder}")
+            return
+        self._stats[one.folder] = stats
+        self._check_quarantine(one, stats)
+        gates = self._judge(one, stats)
+        manifest = self._manifest(one, stats, staged, gates)
+        replaced = publish.commit(self.output, one.planned, staged, one.run, one.current, manifest)
+        if replaced is not None:
+            self._replaced.append(replaced)
+        Staging(self.output).clean(one.planned, staged, one.run, names)
+        if one.day is not None:
+            self._scores[one.day] = stats.scores
+        one.ended("published", "", manifest)
+
+    def end(self, dates: Sequence[DateRun]) -> None:
+        """Write the pages of few dates, say what gates warned of, and remove what was replaced or left behind."""
+        scored = [one for one in dates if one.partition is not None and one.folder in self._stats]
+        for one in scored if len(scored) <= MOST_DATES else ():
+            one.report = write_report(self.output, one.folder, self._facts(one), self._stats[one.folder], self.training)
+        for text in self._warnings[:MOST_WARNINGS]:
+            self.display.say(text)
+        if len(self._warnings) > MOST_WARNINGS:
+            n_more = len(self._warnings) - MOST_WARNINGS
+            self.display.say(f"... and {n_more} more warnings of gates; every manifest has those of its date")
+        publish.sweep(self.output, self._replaced)
+        Staging(self.output).clean_abandoned()
+
+    def _facts(self, one: DateRun) -> dict[str, Any]:
+        return {
+            "name": self.model.name, "date": one.day.isoformat() if one.day else None, "status": one.status,
+            "why": one.reason, "model": {**self.model.facts, "task": self.target.task},
+            "uri": self.output.join(one.folder).url, "gates": self._verdicts.get(one.folder, []),
+            "lineage": {**one.planned.state.to_json(), "run": self.run_id},
+        }  # fmt: skip
+
+    @property
+    def _kept(self) -> str:
+        return f"what is scored is kept in {Staging(self.output).store.url}"
+
+    def _check_quarantine(self, one: DateRun, stats: UnitStats) -> None:
+        if too_many(stats, self.spec.max_quarantined):
+            raise DataError(
+                f"{one.folder}: {stats.n_quarantined} of {stats.n_read - stats.left_out} rows break the model's "
+                f"contract, allowed are {self.spec.max_quarantined:g} (max_quarantined); "
+                f"nothing was published, {self._kept}",
+                reasons(stats),
+            )
+
+    def _judge(self, one: DateRun, stats: UnitStats) -> list[dict[str, Any]]:
+        """The verdicts of gates of which none fails; warnings are said."""
+        verdicts = judge_gates(stats, self.spec.gates, self.training, self._last_scores(one))
+        self._verdicts[one.folder] = [verdict.to_json() for verdict in verdicts]
+        said = {kind: [v.describe() for v in verdicts if v.outcome == kind] for kind in ("warn", "fail")}
+        self._warnings += [f"{one.folder}: {text}" for text in said["warn"]]
+        if said["fail"]:
+            raise GateFailed(
+                f"{one.folder} was not published: gates failed; {self._kept}: look at the input, and raise the limit "
+                f"in `gates` where the scores are right",
+                said["fail"],
+            )
+        return self._verdicts[one.folder]
+
+    def _manifest(
+        self, one: DateRun, stats: UnitStats, staged: Sequence[Staged], gates: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        partition, target = one.planned, self.target
+        return {
+            "date": one.day.isoformat() if one.day else None, "rows": stats.n_written,
+            "quarantined": stats.n_quarantined, "left_out": stats.left_out, "rows_in": stats.n_read,
+            "files": publish.parts(partition, staged, one.run),
+            "quarantine": publish.quarantine_files(staged, one.run), "reasons": list(reasons(stats)),
+            "model": self.model.facts, "state": partition.state.to_json(), "run": one.run,
+            "published_by": self.run_id, "published_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "input": {"fingerprint": partition.state.inventory, "files": len({u.file for u in partition.units})},
+            "date_columns": list(self.rule.columns) if self.rule else [], "key": list(self.spec.key),
+            "where": self.spec.where, **self.roles,
+            "target": {"task": target.task, "column": target.column, "classes": list(target.classes),
+                       "above": target.above, "quantiles": list(target.quantiles)},
+            "gates": gates, "unseen": dict(stats.unseen), "scores": stats.scores.to_json(),
+        }  # fmt: skip
+
+    def _last_scores(self, one: DateRun) -> Sketch | None:
+        """Scores of the last published date before this one; of an undated output those that are replaced."""
+        if one.day is None or self.rule is None:
+            found = one.current.manifest
+            return Sketch.from_json(found["scores"]) if found else None
+        before = [day for day in self._published | set(self._scores) if day < one.day]
+        if not before:
+            return None
+        last = max(before)
+        if last not in self._scores:
+            manifest = publish.look(self.output, self.rule.folder(last)).manifest
+            if manifest is None:
+                return None
+            self._scores[last] = Sketch.from_json(manifest["scores"])
+        return self._scores[last]
+
+    @cached_property
+    def _published(self) -> set[dt.date]:
+        """Dates that have a folder when the first is judged."""
+        found = (parse_day(name.partition("=")[2]) for name in self.output.list() if "=" in name)
+        return {day for day in found if day}
