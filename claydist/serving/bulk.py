@@ -1,0 +1,88 @@
+"""A bulk request by pieces: small requests take their turns in between, and memory does not grow with its rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from claydist.arrays import native_values
+from claydist.models import XGBoostModel
+from claydist.predictor import offset_values
+from claydist.serving.batching import Batcher
+from claydist.serving.shelf import Served
+
+# As long as a small request may have to wait for a piece before it.
+_PIECE_S = 0.03
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a bulk request, encoded.
+
+    Attributes
+    ----------
+    predict : gives the model's values, as `Predictor.predict_arrays` does.
+    unseen, missing : counts by feature and by column.
+    """
+
+    n_rows: int
+    predict: Callable[[], np.ndarray]
+    unseen: Mapping[str, int]
+    missing: Mapping[str, int]
+
+
+def encode_piece(served: Served, table: pa.Table) -> Piece:
+    """Rows of a checked table, with all work done that is not the model's own."""
+    plan, model, offset = served.predictor.plan, served.predictor.model, served.predictor.offset
+    encoded = plan.encode(table)
+    base = None if offset is None else offset_values(table, offset, "the Arrow stream")
+    if isinstance(model, XGBoostModel):
+        predict = partial(model.predict, plan.tree_matrix(encoded), base)
+    else:
+        predict = partial(model.predict_encoded, plan, encoded, base)
+    return Piece(table.num_rows, predict, encoded.unseen, _missing_in(served, table))
+
+
+def _missing_in(served: Served, table: pa.Table) -> dict[str, int]:
+    """Number of missing values by column; columns without any are left out."""
+    counts = {}
+    for name in served.predictor.schema.names:
+        column = table.column(name)
+        if pa.types.is_floating(column.type):
+            counts[name] = int(np.isnan(native_values(column)).sum())
+        else:
+            counts[name] = column.null_count
+    return {name: n for name, n in counts.items() if n}
+
+
+async def predict_pieces(
+    served: Served, table: pa.Table, batcher: Batcher, most_rows: int
+) -> AsyncIterator[tuple[np.ndarray, Piece]]:
+    """Values of each piece of a checked table, in order, with the piece; the next is encoded while one is predicted.
+
+    Raises
+    ------
+    DataError : for a value that the plan refuses.
+    Refusal : 503 when a piece waits too long for its turn.
+    """
+    piece_rows = max(1, min(most_rows, int(_PIECE_S / max(served.seconds_per_row, 1e-9))))
+    ahead = _encoding(served, table.slice(0, piece_rows))
+    try:
+        for at in range(piece_rows, table.num_rows + piece_rows, piece_rows):
+            piece = await ahead
+            ahead = _encoding(served, table.slice(at, piece_rows))
+            yield await batcher.run(served, piece.n_rows, piece.predict), piece
+    finally:
+        ahead.cancel()
+
+
+def _encoding(served: Served, rows: pa.Table) -> asyncio.Task[Piece]:
+    task = asyncio.create_task(asyncio.to_thread(encode_piece, served, rows))
+    # Read once, so that a piece nobody waits for any more does not complain about its error.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task

