@@ -1,0 +1,5 @@
+"""`python -m claydist`: the command line."""
+
+from claydist.cli import main
+
+main()

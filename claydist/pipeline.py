@@ -1,0 +1,319 @@
+"""The product in one function: from a spec to an evaluated, registered model.
+
+Each step is one call whose argument is the result of the one before; what a step needs is decided before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+from claydist import cluster
+from claydist.bundle import golden_rows, read_bundle, write_bundle
+from claydist.dataset.reader import read_pieces
+from claydist.dataset.shards import Piece
+from claydist.display import Display
+from claydist.errors import ClaydistError, RegistryError, TrainingError
+from claydist.evaluate import Evaluation, EvaluationPlan, evaluate
+from claydist.memory import check_memory
+from claydist.models import LinearModel, Model, XGBoostModel
+from claydist.predictor import Predictor
+from claydist.preparation import Prepared, Tables, memory_bytes, open_tables, plan_workers, prepare
+from claydist.registry import Registry
+from claydist.reporting.data import report_data
+from claydist.reporting.html import render_report
+from claydist.runs import Run, clean_runs, find_unfinished, public_spec, spec_digest, start_run
+from claydist.spec import TrainSpec, XGBoostSpec
+from claydist.training.driver import TrainResult, train_on_ray
+from claydist.training.goals import decide_promotion, deciding_metric, judge
+from claydist.training.job import TrainJob, plan_part, versions
+
+
+@dataclass
+class Clock:
+    """Seconds by stage, and the run's file kept up to date with the stage."""
+
+    display: Display
+    run: Run | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block as this stage."""
+        self.display.stage(name)
+        if self.run:
+            self.run = self.run.update(stage=name)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that came to its end: a registered version and what it is worth."""
+
+    name: str
+    version: int
+    uri: str
+    predictor: Predictor
+    summary: Mapping[str, Any]
+    why: str
+
+    @property
+    def goals_met(self) -> bool:
+        """False when a goal was missed."""
+        return all(goal["met"] for goal in self.summary["goals"])
+
+
+def train(
+    spec: TrainSpec, registry: Registry, display: Display, *, resume: bool = False, promote: bool = True
+) -> Trained:
+    """The model that the spec asks for, trained on the connected cluster, evaluated, registered, perhaps promoted.
+
+    Raises
+    ------
+    ClaydistError : of the kind that says what is wrong; nothing is registered then.
+    """
+    clock = Clock(display)
+    registry.check_writable()
+    layout = plan_workers(spec)
+    with clock.stage("inventory"):
+        tables = open_tables(spec)
+    run, resumed = _open_run(spec, registry, tables, layout, display, resume=resume)
+    clock.run = run
+    display.run(run.run_id)
+    cache_dir = str(Path(gettempdir()) / f"claydist-{run.run_id}")
+    try:
+        with clock.stage("statistics"):
+            prepared = prepare(spec, tables, cache_dir)
+            if not layout.scales:
+                check_memory(spec, prepared, run.facts["layout"])
+        for warning in prepared.warnings:
+            display.say(warning)
+        with clock.stage("training"):
+            job = _job(spec, prepared, run, cache_dir)
+            # A resumed run keeps its layout, which this cluster may not hold.
+            planned = cluster.plan_layout(
+                cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
+                autoscaler_cpus=cluster.autoscaler_cpus(),
+            )  # fmt: skip
+            cluster.wait_for_room(planned, spec.train.wait_s, display.say)
+            result = train_on_ray(job, spec.train, memory_bytes(spec), display.progress)
+            if result.outcome.get("converged") is False:
+                display.say(
+                    f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
+                    f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
+                )
+        predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
+        with clock.stage("evaluation"):
+            evaluations = {
+                name: _evaluate(predictor, prepared, spec, name, cache_dir) for name in prepared.judged_parts
+            }
+            goals = _judge(spec, evaluations)
+            champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
+        with clock.stage("registration"):
+            trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
+                                promote, clock, resumed)  # fmt: skip
+    except BaseException as e:
+        clock.run.fail(e)
+        raise
+    finally:
+        if tables.is_remote:
+            with suppress(Exception):  # a node that is gone took its cache with it
+                cluster.run_on_every_node(_remove_folder, cache_dir)
+    clock.run.finish(version=trained.version, promoted=trained.summary["promoted"])
+    clean_runs(registry)
+    return trained
+
+
+def _open_run(
+    spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, display: Display, *, resume: bool
+) -> tuple[Run, bool]:
+    """The run to go on with, or a new one, and which of the two; world size and threads are frozen with it."""
+    if resume:
+        found = find_unfinished(registry, "train", spec_digest(spec), tables.fingerprint)
+        if found and found.state == "running" and found.facts["pid"] != os.getpid():
+            raise TrainingError(
+                f"run {found.run_id} of this spec is still going on, as process {found.facts['pid']} of "
+                f"{found.facts['host']}; wait for its end, or end it first"
+            )
+        if found and found.facts.get("layout"):
+            display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
+            return found.update(state="running", host=socket.gethostname(), pid=os.getpid()), True
+        display.say("no unfinished run of this spec and input; starting a new one")
+    run = start_run(registry, "train", spec, spec.name, tables.fingerprint)
+    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}), False
+
+
+def _job(spec: TrainSpec, prepared: Prepared, run: Run, cache_dir: str) -> TrainJob:
+    frozen = run.facts["layout"]
+    parts = {name: prepared.parts[name] for name in prepared.trained_parts}
+    shards = plan_part(parts["train"], frozen["n_workers"])
+    return TrainJob(
+        run_id=run.run_id,
+        run=run.store,
+        parts=parts,
+        shards={name: shards if name == "train" else plan_part(part, len(shards)) for name, part in parts.items()},
+        plan=prepared.plan,
+        target=prepared.target,
+        roles=prepared.roles,
+        model=spec.model,
+        params=prepared.model_params(spec, frozen["n_threads"]),
+        seed=spec.seed,
+        n_workers=len(shards),
+        n_threads=frozen["n_threads"],
+        checkpoint_s=spec.train.checkpoint_s,
+        cache_dir=cache_dir,
+    )
+
+
+def _remove_folder(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _model(result: TrainResult, spec: TrainSpec, prepared: Prepared) -> Model:
+    raw = result.outcome["model"]
+    if isinstance(spec.model, XGBoostSpec):
+        return XGBoostModel(raw, prepared.target.task)
+    return LinearModel.from_arrays(raw)
+
+
+def _evaluate(predictor: Predictor, prepared: Prepared, spec: TrainSpec, name: str, cache_dir: str) -> Evaluation:
+    slices = list(dict.fromkeys([*spec.slices, *(goal.slice for goal in spec.goals if goal.slice)]))
+    depths = sorted({int(g.metric.partition("@")[2]) for g in spec.goals if "@" in g.metric})
+    plan = EvaluationPlan(
+        predictor, prepared.parts[name], weight=spec.data.weight, group=spec.data.group, slices=tuple(slices),
+        depths=tuple(depths), prior=prepared.prior, profile=spec.data, cache_dir=cache_dir,
+    )  # fmt: skip
+    return evaluate(plan)
+
+
+def _judge(spec: TrainSpec, evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    on = judging_part(evaluations)
+    return judge(spec.goals, evaluations[on].metrics, evaluations[on].slices, on)
+
+
+def judging_part(parts: Mapping[str, Any]) -> str:
+    """The part that goals are judged on: test, else valid, else the training rows themselves."""
+    return next(name for name in ("test", "valid", "train") if name in parts)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version to beat when the candidate was judged.
+
+    Attributes
+    ----------
+    version : None where there is none.
+    value : its metric on the candidate's test rows; None where it cannot be judged.
+    objection : why the two cannot be compared at all; empty where they can.
+    """
+
+    version: int | None
+    value: float | None = None
+    objection: str = ""
+
+
+def _judge_champion(
+    spec: TrainSpec,
+    registry: Registry,
+    prepared: Prepared,
+    evaluations: Mapping[str, Evaluation],
+    cache_dir: str,
+) -> Champion:
+    """The champion as it is now, judged on the candidate's test rows."""
+    version = registry.alias_version(spec.name)
+    if version is None or "test" not in evaluations:
+        return Champion(version)
+    try:
+        predictor = read_bundle(registry.version_store(spec.name, version)).predictor
+        theirs, ours = predictor.target, prepared.target
+        if (theirs.task, theirs.column, theirs.above) != (ours.task, ours.column, ours.above):
+            return Champion(version, objection="the champion predicts another label; promote by hand if it shall go")
+        metric = deciding_metric(spec.goals, ours.task)
+        return Champion(version, _evaluate(predictor, prepared, spec, "test", cache_dir).metrics.get(metric))
+    except ClaydistError:
+        return Champion(version)  # trained on other columns, say: it cannot stand in the way
+
+
+def _register(
+    spec: TrainSpec, registry: Registry, prepared: Prepared, job: TrainJob, result: TrainResult, predictor: Predictor,
+    evaluations: Mapping[str, Evaluation], goals: list[dict[str, Any]], champion: Champion, promote: bool,
+    clock: Clock, resumed: bool,
+) -> Trained:  # fmt: skip
+    on = judging_part(evaluations)
+    metric = deciding_metric(spec.goals, prepared.target.task)
+    promoted, why = decide_promotion(
+        goals=goals, metric=metric, candidate=evaluations[on].metrics.get(metric), champion=champion.value,
+        has_champion=champion.version is not None, has_test="test" in evaluations, allowed=promote,
+        objection=champion.objection,
+    )  # fmt: skip
+    if promoted and registry.alias_version(spec.name) != champion.version:
+        promoted, why = False, "another version became champion meanwhile; compare and promote by hand"
+    version = registry.reserve(spec.name)
+    store = registry.version_store(spec.name, version)
+    baseline = evaluations[on].baseline
+    summary = {
+        "model": spec.name, "version": version, "uri": store.url, "task": prepared.target.task,
+        "rows": {n: prepared.parts[n].n_rows if n in prepared.parts else 0 for n in ("train", "valid", "test")},
+        "metrics": {
+            **{name: evaluation.metrics for name, evaluation in evaluations.items()},
+            "baseline": baseline.values() if baseline else {},
+        },
+        "goals": goals, "promoted": promoted, "workers": job.n_workers, "threads": job.n_threads,
+        "restarts": result.n_restarts, "resumed": resumed, "peak_mb": round(result.peak_mb, 1),
+        "seconds": {name: round(took, 3) for name, took in clock.seconds.items()},
+    }  # fmt: skip
+    manifest = {
+        **{key: value for key, value in summary.items() if key not in ("model", "uri")},
+        "name": spec.name, "kind": spec.model.kind, "run": job.run_id, "spec": public_spec(spec),
+        "schema": predictor.schema.to_json(), "slices": evaluations[on].slices, "promotion": why,
+        "warnings": list(prepared.warnings), "inventory": prepared.parts["train"].inventory.to_json(),
+        "trained": _facts(result), "unseen": {name: dict(e.unseen) for name, e in evaluations.items()},
+        "versions": versions(), "golden": golden_rows(_some_rows(prepared), predictor),
+    }  # fmt: skip
+    report = render_report(report_data(manifest, predictor, evaluations, result.outcome["history"], prepared.profiles))
+    extra = {
+        "profile.json": json.dumps(_profile(prepared, evaluations[on])).encode(),
+        "report.html": report.encode(),
+    }
+    write_bundle(store, predictor, manifest=manifest, extra_files=extra)
+    if promoted:
+        try:
+            registry.promote(spec.name, version, why=why, expected=champion.version)
+        except RegistryError as e:  # another trainer was faster, in the last moment
+            summary["promoted"], why = False, e.message
+    return Trained(spec.name, version, store.url, predictor, summary, why)
+
+
+def _facts(result: TrainResult) -> dict[str, Any]:
+    """What training says of itself, without the model."""
+    facts = {k: v for k, v in result.outcome.items() if k not in ("model", "history")}
+    return {**facts, "trained_at": datetime.now(UTC).isoformat()}
+
+
+def _profile(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "rows": prepared.parts["train"].n_rows,
+        "columns": {name: profile.to_json() for name, profile in prepared.profiles.items()},
+        "scores": evaluation.scores.to_json(),
+    }
+
+
+def _some_rows(prepared: Prepared, n_rows: int = 32) -> Any:
+    """Some raw rows of the training part, to be predicted again wherever the bundle is loaded."""
+    part = prepared.parts["train"]
+    file, group = next((f, g) for f, counts in enumerate(part.counts) for g, rows in enumerate(counts) if rows)
+    piece = Piece(file, group, 0, min(n_rows, part.counts[file][group]))
+    columns = [column.name for column in prepared.plan.schema.columns]
+    return next(iter(read_pieces(part.inventory, (piece,), columns, part.selection)))
