@@ -1,0 +1,51 @@
+"""A run that is still alive is not resumed by another process; tidying up never fails a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tables import cut, make_table, spec_of, write_files
+
+from claydist import runs
+from claydist.display import Silent
+from claydist.errors import TrainingError
+from claydist.pipeline import train
+from claydist.preparation import open_tables
+from claydist.registry import open_registry
+from claydist.runs import clean_runs, list_runs, start_run
+from claydist.spec import TrainSpec
+from claydist.specfile import load_spec
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def spec(ray_cluster: None, tmp_path: Path) -> TrainSpec:
+    path = write_files(tmp_path / "d", cut(make_table(1, 200), 2))
+    return load_spec(TrainSpec, spec_of(path, tmp_path / "registry"))
+
+
+def test_a_live_run_is_not_resumed(spec: TrainSpec) -> None:
+    registry = open_registry(None, spec.registry)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+        run = start_run(registry, "train", spec, spec.name, open_tables(spec).fingerprint)
+        run.update(layout={"n_workers": 1, "n_threads": 1}, pid=alive.pid)
+        with pytest.raises(TrainingError, match=f"still going on, as process {alive.pid}"):
+            train(spec, registry, Silent(), resume=True)
+    assert [r.state for r in list_runs(registry)] == ["lost"]
+    assert os.getpid() != alive.pid
+
+
+def test_tidying_up_goes_on_when_another_was_faster(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = open_registry(None, spec.registry)
+    made = [start_run(registry, "train", spec, spec.name, str(i)).finish() for i in range(3)]
+    monkeypatch.setattr(runs, "KEEP_FINISHED", 1)
+    monkeypatch.setattr(runs, "list_runs", lambda _: made)
+    made[0].store.remove(recursive=True)
+    clean_runs(registry)
+    assert not made[1].store.exists()
+    assert made[2].store.exists()
