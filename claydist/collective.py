@@ -57,7 +57,9 @@ class Collective:
         Raises
         ------
         ContractError : when the workers' arrays differ in shape or dtype, or they are not at the same call.
-        TrainingError : when a worker is gone, or silent for longer than the timeout.
+        TrainingError : when a worker is gone, or silent for longer than the timeout. With three workers or more
+            XGBoost 3.2 may block in one of the others instead, beyond its own timeout; the driver ends that one,
+            for Ray Train starts all workers again when one is gone.
         """
         if array.dtype not in (np.float64, np.int64):
             raise TypeError(f"expected float64 or int64, found {array.dtype}")

@@ -18,15 +18,19 @@ from claydist.collective import Collective
 LIMIT_S = 60
 
 
-def run_ranks(work: Callable[..., Any], arguments: Sequence[Any], *, timeout_s: int = 30) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any], arguments: Sequence[Any], *, timeout_s: int = 30, limit_s: float = LIMIT_S
+) -> list[Any]:
     """What `work(collective, argument)` gave in a process for each argument, by rank: a result or an exception.
 
-    A process that was killed gives its exit code as a ProcessLookupError; one that hangs is killed after LIMIT_S.
+    A process that was killed gives its exit code as a ProcessLookupError; one that hangs is killed after
+    `limit_s` and gives a TimeoutError.
 
     Parameters
     ----------
     work : a function of a module, for processes find it by name.
     timeout_s : seconds after which XGBoost gives up on a silent peer.
+    limit_s : seconds that all of them have.
     """
     from xgboost.tracker import RabitTracker
 
@@ -35,7 +39,7 @@ def run_ranks(work: Callable[..., Any], arguments: Sequence[Any], *, timeout_s: 
     tracker.start()
     threading.Thread(target=tracker.wait_for, daemon=True).start()
     started = [_start(work, a, tracker.worker_args(), rank, n_workers, timeout_s) for rank, a in enumerate(arguments)]
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     try:
         return [_result(process, pipe, deadline) for process, pipe in started]
     finally:
@@ -61,7 +65,7 @@ def _start(work: Any, argument: Any, given: Mapping[str, Any], rank: int, n_work
 
 def _result(process: Any, pipe: Connection, deadline: float) -> Any:
     if not wait([pipe], timeout=max(0.0, deadline - time.monotonic())):
-        return TimeoutError(f"still running after {LIMIT_S} s")
+        return TimeoutError("still running at the limit")
     try:
         return pipe.recv()
     except EOFError:

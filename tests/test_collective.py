@@ -158,14 +158,21 @@ def test_long_values_show_where_they_part() -> None:
     assert len(found[0].problems[0]) < 600
 
 
-def test_a_killed_worker_is_an_error_of_the_others_at_once() -> None:
+def test_a_killed_worker_is_an_error_of_the_other_at_once() -> None:
     began = time.monotonic()
-    found = run_ranks(killed, [1, 1, 1], timeout_s=60)
+    found = run_ranks(killed, [1, 1], timeout_s=60)
+    assert isinstance(found[1], ProcessLookupError)
+    assert isinstance(found[0], TrainingError), found[0]
+    assert "rank 0 lost the other workers" in str(found[0])
+    assert time.monotonic() - began < 30
+
+
+def test_a_killed_worker_leaves_no_wrong_sum_in_the_others() -> None:
+    # Of three, one that has no link to the dead may stay blocked (XGBoost 3.2): Ray Train ends it, see test_failures.
+    found = run_ranks(killed, [1, 1, 1], timeout_s=2, limit_s=8)
     assert isinstance(found[1], ProcessLookupError)
     for rank in (0, 2):
-        assert isinstance(found[rank], TrainingError), found[rank]
-        assert f"rank {rank} lost the other workers" in str(found[rank])
-    assert time.monotonic() - began < 30
+        assert isinstance(found[rank], TrainingError | TimeoutError), found[rank]
 
 
 def test_a_silent_worker_is_an_error_within_the_timeout() -> None:

@@ -28,8 +28,8 @@ from claydist.specfile import load_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-ROUNDS = 150
-N_ROWS = 120_000
+ROUNDS = 120
+N_ROWS = 80_000
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def make_spec(table: Path, **train_options: Any) -> dict[str, Any]:
         "data": {"path": str(table), "label": "y"},
         "split": {"test": {"fraction": 0.1}},
         "model": {"kind": "xgboost", "rounds": ROUNDS, "params": {"max_depth": 6, "subsample": 0.7, "eta": 0.1}},
-        "train": {"workers": 2, "cpus_per_worker": 1, "checkpoint_s": 0, **train_options},
+        "train": {"workers": 3, "cpus_per_worker": 1, "checkpoint_s": 0, **train_options},
     }
 
 
@@ -66,7 +66,7 @@ class Disturb(Silent):
     def progress(self, board: Mapping[str, Any]) -> None:
         words = board["workers"]
         rounds = [word.get("round", 0) for word in words.values() if word["stage"] == "boost"]
-        if self.acted_at is None and len(rounds) == 2 and min(rounds) >= self.at_round:
+        if self.acted_at is None and len(rounds) == 3 and min(rounds) >= self.at_round:
             self.acted_at = time.monotonic()
             self.act(words[1]["pid"])
         elif self.acted_at is not None and board["starts"] > 1 and rounds and self.went_on_at is None:
