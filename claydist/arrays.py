@@ -12,14 +12,19 @@ from claydist.errors import DataError
 NS = 1_000_000_000
 
 
+def native_type(kind: pa.DataType) -> pa.DataType:
+    """What numbers of this type are computed with: float32 where that is exact by type, else float64."""
+    narrow = pat.is_float32(kind) or pat.is_float16(kind) or pat.is_boolean(kind)
+    narrow = narrow or (pat.is_integer(kind) and kind.bit_width <= 16)
+    return pa.float32() if narrow else pa.float64()
+
+
 def native_values(column: pa.ChunkedArray) -> np.ndarray:
-    """Values (n_rows,) of a numeric column, NaN for null: float32 where that is exact by type, else float64."""
+    """Values (n_rows,) of a numeric column in its `native_type`, NaN for null."""
     kind = column.type
     if pat.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    narrow = pat.is_float32(kind) or pat.is_float16(kind) or pat.is_boolean(kind)
-    narrow = narrow or (pat.is_integer(kind) and kind.bit_width <= 16)
-    target = pa.float32() if narrow else pa.float64()
+    target = native_type(kind)
     array = _one_array(column)
     if pat.is_decimal(kind):
         # By its text, for Arrow's own cast is a bit off where the nearest double is not a product of doubles.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pyarrow as pa
+
 from claydist import cluster
+from claydist.arrays import native_type
 from claydist.errors import ClusterError
 from claydist.features import is_categorical
 from claydist.preparation import Prepared
-from claydist.schema import Column
-from claydist.spec import TrainSpec, XGBoostSpec
+from claydist.schema import column_of
+from claydist.spec import DataSpec, TrainSpec, XGBoostSpec
 from claydist.training.job import KEEP_BYTES
 
 # What a worker process holds before it has read a row: Ray, numpy, pyarrow, xgboost and what they import.
@@ -21,22 +24,36 @@ INDEX_COPIES = 2
 ROW_BYTES = 73
 
 
-def estimate_mb(spec: TrainSpec, columns: Sequence[Column], n_rows: int, n_workers: int) -> float:
+def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_workers: int) -> float:
     """Estimated peak PSS of one training worker in MB (10^6 bytes).
 
     A boosted model's shard of up to KEEP_BYTES is held besides while it is binned; a linear model keeps each column in
-    the width of its type.
+    the width that it is computed with.
+
+    Parameters
+    ----------
+    columns : of the features, as they are in the input.
     """
     rows = n_rows / n_workers
-    cells = rows * len(columns)
-    batches = 12 * BATCH_ROWS * len(columns)
+    widths = [width for column in columns for width in _widths(column, spec.data)]
+    cells = rows * len(widths)
+    batches = 12 * BATCH_ROWS * len(widths)
     if isinstance(spec.model, XGBoostSpec):
         width = 1 if int(spec.model.params.get("max_bin", 256)) <= 256 else 2
         matrix = 4 * cells
         kept = matrix if matrix <= KEEP_BYTES else 0
         return BASE_MB + (INDEX_COPIES * width * cells + kept + ROW_BYTES * rows + batches) / 1e6
-    widths = sum(4 if is_categorical(c, spec.data) else 8 for c in columns)
-    return BASE_MB + (rows * (widths + 32) + batches) / 1e6
+    return BASE_MB + (rows * (sum(widths) + 32) + batches) / 1e6
+
+
+def _widths(field: pa.Field, data: DataSpec) -> list[int]:
+    """Bytes a row of each feature that comes of a column: codes are int32, a timestamp may give several parts."""
+    column = column_of(field, "the input")
+    if is_categorical(column, data):
+        return [4]
+    if column.type in ("timestamp", "date"):
+        return [8] * len(data.calendar.get(column.name, ("seconds",)))
+    return [native_type(field.type).byte_width]
 
 
 def check_memory(spec: TrainSpec, prepared: Prepared, layout: Mapping[str, int]) -> None:
@@ -49,7 +66,8 @@ def check_memory(spec: TrainSpec, prepared: Prepared, layout: Mapping[str, int])
     if spec.train.memory_gb:
         return
     n_workers = layout["n_workers"]
-    columns = prepared.plan.schema.columns
+    schema = prepared.parts["train"].inventory.schema
+    columns = [schema.field(name) for name in prepared.roles.features]
     n_rows = sum(prepared.parts[name].n_rows for name in prepared.trained_parts)
     needed_mb = estimate_mb(spec, columns, n_rows, n_workers)
     found = cluster.nodes()

@@ -28,6 +28,7 @@ def make_plan(spec: TrainSpec) -> dict[str, Any]:
     where = ", ".join(spec.data.path)
     roles = decide_roles(spec.data, inventory.schema, where, split_plan(spec).columns)
     columns = [column_of(inventory.schema.field(name), where) for name in roles.features]
+    fields = [inventory.schema.field(name) for name in roles.features]
     shards = plan_shards([entry.row_groups for entry in inventory.files], layout.n_workers)
     return {
         "name": spec.name,
@@ -41,7 +42,7 @@ def make_plan(spec: TrainSpec) -> dict[str, Any]:
         "workers": len(shards),
         "threads": layout.n_threads,
         "shards": [sum(piece.stop - piece.start for piece in shard) for shard in shards],
-        "memory_mb_per_worker": round(estimate_mb(spec, columns, inventory.n_rows, len(shards))),
+        "memory_mb_per_worker": round(estimate_mb(spec, fields, inventory.n_rows, len(shards))),
     }  # fmt: skip
 
 

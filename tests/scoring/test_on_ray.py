@@ -17,6 +17,7 @@ import pytest
 import xgboost as xgb
 
 from claydist.display import Silent
+from claydist.errors import DataError
 from claydist.features import Feature, FeaturePlan
 from claydist.models import XGBoostModel
 from claydist.predictor import Predictor, Target
@@ -103,6 +104,25 @@ def test_another_year_scores_with_its_new_categories_counted(tmp_path: Path, sha
     assert summary.summary["dates"][0]["rows"] == ds.dataset(shared_data / "flights17").count_rows()
     manifest = open_store(tmp_path / "out" / "all" / "_manifest.json").read_json()
     assert manifest["unseen"]["carrier"] > 0
+
+
+def test_another_year_with_an_unzoned_timestamp_is_refused(tmp_path: Path, shared_data: Path) -> None:
+    """flights13 says its zone and flights17 does not: the same wall clock would be read hours off."""
+    table = ds.dataset(shared_data / "flights13", partitioning="hive", format="parquet").to_table()
+    kind = table.schema.field("time_hour").type
+    column = Column("time_hour", "timestamp", zone=kind.tz)
+    plan = FeaturePlan(Schema((column,)), (Feature("time_hour.hour", "time_hour", "calendar", part="hour"),))
+    some = table.slice(0, 20_000)
+    matrix = xgb.DMatrix(plan.tree_matrix(plan.encode(some)), np.arange(len(some)) % 2)
+    raw = bytes(xgb.train({"objective": "binary:logistic"}, matrix, 2).save_raw("ubj"))
+    predictor = Predictor(plan, XGBoostModel(raw, "binary"), Target("binary", "y", (False, True)))
+    registry = make_registry(tmp_path / "registry", predictor)
+    spec = make_spec(tmp_path, input=str(shared_data / "flights17"), date=None, key=FLIGHT_KEY)
+    with pytest.raises(DataError, match="time_hour"):
+        score(spec, registry, Silent())
+    assert not (tmp_path / "out").exists()
+    same = make_spec(tmp_path, input=str(shared_data / "flights13"), date=None, key=FLIGHT_KEY)
+    assert score(same, registry, Silent()).summary["dates"][0]["rows"] == table.num_rows
 
 
 def test_a_worker_that_dies_costs_its_task_only(tmp_path: Path) -> None:

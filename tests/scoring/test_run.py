@@ -9,6 +9,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import claydist.storage
 from claydist.errors import (
@@ -512,6 +514,52 @@ def test_a_full_disk_publishes_nothing_and_the_next_run_ends_it(
     monkeypatch.undo()
     run_score(make_spec(tmp_path), registry)
     assert read_scores(str(tmp_path / "out")).equals(expected(make_predictor(), days))
+
+
+class HalfWritten(MemoryFileSystem):
+    """Memory that keeps half of a file and raises, for as many writes and copies as `fails` says, after `passes` more."""
+
+    protocol = ("half",)
+    passes = fails = 0
+
+    def _half(self) -> bool:
+        kind = type(self)
+        kind.passes -= 1
+        if kind.passes >= 0 or kind.fails == 0:
+            return False
+        kind.fails -= 1
+        return True
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        half = path.endswith((".unit", ".parquet")) and self._half()
+        super().pipe_file(path, value[: len(value) // 2] if half else value, mode=mode, **kwargs)
+        if half:
+            raise OSError(5, "Input/output error")
+
+    def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
+        value = self.cat_file(path1)
+        half = self._half()
+        super().pipe_file(path2, value[: len(value) // 2] if half else value)
+        if half:
+            raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 3])
+def test_a_remote_write_that_fails_half_way_publishes_nothing(tmp_path: Path, passes: int) -> None:
+    fsspec.register_implementation("half", HalfWritten, clobber=True)
+    registry, days = make_registry(tmp_path / "registry"), write_days(tmp_path / "in", n_days=1)
+    second = days[FIRST].slice(0, 20)
+    pq.write_table(second, tmp_path / "in" / f"dt={FIRST}" / "part-1.parquet")
+    spec = make_spec(tmp_path, output=f"half://{tmp_path.name}/out")
+    HalfWritten.passes, HalfWritten.fails = passes, 1
+    with pytest.raises(StorageError, match="Input/output error"):
+        run_score(spec, registry)
+    assert HalfWritten.fails == 0
+    with pytest.raises(DataError, match="nothing is published"):
+        read_scores(spec.output)
+    assert set(statuses(run_score(spec, registry)).values()) == {"published"}
+    both = pa.concat_tables([days[FIRST], second])
+    assert read_scores(spec.output).equals(expected(make_predictor(), {FIRST: both}))
 
 
 def test_a_row_without_a_date(tmp_path: Path) -> None:
