@@ -517,7 +517,7 @@ def test_a_full_disk_publishes_nothing_and_the_next_run_ends_it(
 
 
 class HalfWritten(MemoryFileSystem):
-    """Memory that keeps half of a file and raises, for as many writes and copies as `fails` says, after `passes` more."""
+    """Memory that keeps half of a file and raises, at as many writes as `fails` says, after `passes` more."""
 
     protocol = ("half",)
     passes = fails = 0
