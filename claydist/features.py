@@ -71,6 +71,10 @@ class Encoded:
     columns: tuple[np.ndarray, ...]
     unseen: Mapping[str, int] = field(default_factory=dict)
 
+    def __getitem__(self, rows: slice) -> Encoded:
+        """Some rows, without a copy; what was unseen is known of the whole only."""
+        return Encoded(len(range(*rows.indices(self.n_rows))), tuple(column[rows] for column in self.columns))
+
 
 @dataclass(frozen=True)
 class FeaturePlan:

@@ -18,6 +18,7 @@ from claydist.features import Encoded, FeaturePlan
 from claydist.spec import XGBoostSpec
 
 MODEL_FILE = "model.ubj"
+BLOCK_ROWS = 65_536
 OBJECTIVES = {
     "binary": "binary:logistic",
     "multiclass": "multi:softprob",
@@ -150,8 +151,13 @@ class XGBoostModel:
         return self._booster.inplace_predict(X, base_margin=margin, validate_features=False)
 
     def predict_encoded(self, plan: FeaturePlan, encoded: Encoded, offset: np.ndarray | None) -> np.ndarray:
-        """Predictions of an encoded table, as `predict`."""
-        return self.predict(plan.tree_matrix(encoded), offset)
+        """Predictions of an encoded table, as `predict`; by blocks, whose matrices stay in the processor's cache."""
+        if encoded.n_rows <= BLOCK_ROWS:
+            return self.predict(plan.tree_matrix(encoded), offset)
+        blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, encoded.n_rows, BLOCK_ROWS)]
+        offsets = [None if offset is None else offset[rows] for rows in blocks]
+        parts = [self.predict(plan.tree_matrix(encoded[b]), o) for b, o in zip(blocks, offsets, strict=True)]
+        return np.concatenate(parts)
 
     @property
     def n_rounds(self) -> int:

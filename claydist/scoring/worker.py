@@ -18,6 +18,7 @@ from claydist.dataset.shards import Piece
 from claydist.errors import ClaydistError, DataError
 from claydist.expressions import parse
 from claydist.predictor import Prediction, Predictor
+from claydist.schema import type_of
 from claydist.scoring.dates import DateRule, to_days
 from claydist.scoring.staging import STATS_KEY, Staged, file_facts
 from claydist.scoring.units import Partition, Unit, UnitStats
@@ -234,9 +235,9 @@ class _Sink:
         table = pa.concat_tables(self._pending)
         self._pending = [table.schema.empty_table()]
         if self._writer is None:
-            # Predictions hardly repeat: building a dictionary of them is time lost.
-            dictionary = list(self._task.key) or False
-            self._writer = pq.ParquetWriter(self._buffer, table.schema, use_dictionary=dictionary)
+            # Predictions and numbers that tell rows apart hardly repeat: building a dictionary of them is time lost.
+            dictionary = [name for name in self._task.key if type_of(table.schema.field(name).type) == "string"]
+            self._writer = pq.ParquetWriter(self._buffer, table.schema, use_dictionary=dictionary or False)
         if table.num_rows:
             self._writer.write_table(table)
 

@@ -148,7 +148,8 @@ def watch(pid: int, peaks: dict[str, float], stop: threading.Event) -> None:
     """Peak memory (PSS, MB) of the largest worker and of the driver."""
     from tests.benchmarks.score_kill import descendants
 
-    while not stop.wait(0.2):
+    # Looking costs the machine's cores too, and more so the more processes there are.
+    while not stop.wait(1.0):
         for found, line in {pid: "driver", **descendants(pid)}.items():
             kind = "driver" if found == pid else "worker" if line.startswith("ray::") else None
             try:
