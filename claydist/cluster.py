@@ -25,7 +25,7 @@ _ENVIRONMENT = {
     # Under `uv run` Ray would start every worker as `uv run ... python` in a copy of the project.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     # A report waits for the poll, and the newest checkpoint of a killed run is lost with the default of 2 s.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

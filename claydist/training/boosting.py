@@ -1,9 +1,10 @@
 """The worker's loop for boosted models: bin the shard, boost in segments, stop early, checkpoint.
 
-A segment is a run of rounds with a fresh booster that continues the one before, seeded by (seed, segment). Its bounds
-are a function of the round alone, so the model does not depend on the clock, and a run that resumes at a bound gives
-the same bytes as one that was never disturbed, also with subsampling (XGBoost's random state is not in its model:
-dmlc/xgboost#10324).
+A segment is a run of rounds at whose end there may be a checkpoint. Its bounds are a function of the round alone, so
+the model does not depend on the clock, and a run that resumes at a bound gives the same bytes as one that was never
+disturbed. Where XGBoost draws random numbers (subsample, dart, ...) each segment has a fresh booster that continues the
+one before, seeded by (seed, segment), for the random state is not in the model (dmlc/xgboost#10324). Where nothing is
+drawn one booster goes through, and need not predict all rows anew at each bound.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xgboost as xgb
@@ -22,18 +24,20 @@ import xgboost as xgb
 from claydist.collective import Collective
 from claydist.errors import SpecError
 from claydist.features import Encoded, FeaturePlan
-from claydist.models.boosted import position_names
+from claydist.models.boosted import is_random, position_names
 from claydist.spec import XGBoostSpec
 from claydist.storage import Store
 from claydist.training.checkpoints import find_checkpoint, save_checkpoint
 from claydist.training.job import KEEP_BYTES, Batch, Shard, TrainJob, by_group
 from claydist.training.progress import Reporter
 
+T = TypeVar("T")
+
 FIRST_SEGMENT = 25
 SAMPLED_ROWS = 200_000
-# The metric of the training rows is for the eye: beyond so many rows it is looked at every tenth round.
+# The metric of the training rows is for the eye: beyond so many rows only every 25th round is looked at.
 TRAIN_METRIC_ROWS = 200_000
-TRAIN_METRIC_EVERY = 10
+TRAIN_METRIC_EVERY = 25
 RISING_METRICS = ("ndcg", "map", "pre")
 # Summed exactly over workers by XGBoost; the others (auc, aucpr, custom ones) are averages of the workers' values.
 SUMMED_METRICS = (
@@ -130,12 +134,22 @@ class ShardIter(xgb.DataIter):
 
     def _first_pass(self) -> Iterator[dict[str, Any]]:
         kept = []
-        for batch in self._make():
+        for batch in one_ahead(self._make()):
             if self._keep:
                 kept.append(batch)
             yield batch
         if self._keep:
             self._kept = kept
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, of which the next is made on another thread while one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1, "claydist-read") as thread:
+        coming: Future[Any] = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
 
 
 def shard_inputs(shard: Shard, reporter: Reporter, part: str) -> Iterator[dict[str, Any]]:
@@ -193,13 +207,20 @@ def boost(job: TrainJob, collective: Collective, reporter: Reporter) -> dict[str
     history = History(str(job.params["eval_metric"]))
     raw, done = _resume(job.run, collective, history)
     resumed_at, saved = done, time.monotonic()
+    booster = _booster(job, matrices, raw, done)
     while done < spec.rounds and not history.is_over(spec.early_stopping):
         end = segment_end(done, spec.rounds)
-        raw, done = _segment(job, matrices, raw, (done, end), history, reporter)
+        if done > resumed_at and is_random(job.params):
+            raw = _raw(booster)
+            # It holds several numbers for each row: there should be one at a time.
+            del booster
+            booster = _booster(job, matrices, raw, done)
+        done = _segment(job, booster, matrices, (done, end), history, reporter)
         due = time.monotonic() - saved >= job.checkpoint_s
         if collective.rank == 0 and due and done == end < spec.rounds:
-            save_checkpoint(job.run, raw, {"round": done, "history": history.values})
+            save_checkpoint(job.run, _raw(booster), {"round": done, "history": history.values})
             saved = time.monotonic()
+    raw = _raw(booster)
     best = history.best_round()
     n_rounds = best + 1 if spec.early_stopping and best is not None else done
     if n_rounds < done:
@@ -284,28 +305,29 @@ def _bin_options(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"max_bin": int(params["max_bin"])} if "max_bin" in params else {}
 
 
-def _segment(
-    job: TrainJob,
-    matrices: Mapping[str, xgb.QuantileDMatrix],
-    raw: bytes,
-    bounds: tuple[int, int],
-    history: History,
-    reporter: Reporter,
-) -> tuple[bytes, int]:
-    """Model and rounds after the rounds [bounds[0], bounds[1]), or fewer when valid stops gaining.
-
-    Models come and go as bytes: a booster holds several numbers for each row, and there should be one at a time.
-    """
-    start, end = bounds
-    assert isinstance(job.model, XGBoostSpec)
-    params = {**job.params, "seed": segment_seed(job.seed, start), "validate_parameters": False}
+def _booster(job: TrainJob, matrices: Mapping[str, xgb.QuantileDMatrix], raw: bytes, done: int) -> xgb.Booster:
+    """A booster that goes on from a model (empty bytes for none) of so many rounds."""
+    params = {**job.params, "seed": segment_seed(job.seed, done), "validate_parameters": False}
     booster = xgb.Booster(params, list(matrices.values()))
     if raw:
         booster.load_model(bytearray(raw))
         booster.set_param(params)
+    return booster
+
+
+def _segment(
+    job: TrainJob,
+    booster: xgb.Booster,
+    matrices: Mapping[str, xgb.QuantileDMatrix],
+    bounds: tuple[int, int],
+    history: History,
+    reporter: Reporter,
+) -> int:
+    """Number of rounds after those in [bounds[0], bounds[1]), or fewer when valid stops gaining."""
+    assert isinstance(job.model, XGBoostSpec)
     n_rows = job.parts["train"].n_rows
     every = 1 if n_rows <= TRAIN_METRIC_ROWS else TRAIN_METRIC_EVERY
-    for done in range(start, end):
+    for done in range(*bounds):
         began = time.monotonic()
         booster.update(matrices["train"], iteration=done)
         look = done % every == every - 1 or done == 0
@@ -323,7 +345,7 @@ def _segment(
         )
         if history.is_over(job.model.early_stopping):
             break
-    return _raw(booster), booster.num_boosted_rounds()
+    return booster.num_boosted_rounds()
 
 
 def _resume(run: Store, collective: Collective, history: History) -> tuple[bytes, int]:

@@ -141,8 +141,14 @@ def test_every_rank_has_the_model_that_one_worker_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-def test_a_run_that_was_killed_and_resumed_has_the_bytes_of_an_undisturbed_one(tmp_path: Path, n_workers: int) -> None:
-    keys: dict[str, Any] = {"rounds": 60, "params": {"max_depth": 3, "subsample": 0.7, "colsample_bynode": 0.7}}
+@pytest.mark.parametrize("params", [
+    {"max_depth": 3, "subsample": 0.7, "colsample_bynode": 0.7}, {"booster": "dart", "rate_drop": 0.3},
+    {"max_depth": 3}, {"grow_policy": "lossguide", "max_leaves": 9, "lambda": 3, "num_parallel_tree": 2},
+], ids=lambda given: next(iter(given)) + str(len(given)))  # fmt: skip
+def test_a_run_that_was_killed_and_resumed_has_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path, n_workers: int, params: dict[str, Any]
+) -> None:
+    keys: dict[str, Any] = {"rounds": 60, "params": params, "valid": {"fraction": 0.2}}
     undisturbed = outcomes(train, make_job(tmp_path, [rows()], n_workers, run="undisturbed", **keys))
     job = make_job(tmp_path, [rows()], n_workers, run="killed", **keys)
     found = run_ranks(train_and_kill_the_last, [job] * n_workers)

@@ -6,7 +6,7 @@ import pytest
 
 from claydist.errors import SpecError
 from claydist.features import Feature, FeaturePlan
-from claydist.models.boosted import TASK_OBJECTIVES, booster_params
+from claydist.models.boosted import TASK_OBJECTIVES, booster_params, is_random
 from claydist.schema import Column, Schema
 from claydist.spec import XGBoostSpec
 from claydist.training.boosting import SUMMED_METRICS, History, check_params, segment_end, segment_seed
@@ -49,6 +49,14 @@ def test_seeds_differ_by_segment_and_by_seed() -> None:
     assert len(seeds) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert segment_seed(3, 25) == segment_seed(3, 25)
+
+
+@pytest.mark.parametrize(("given", "random"), [
+    ({}, False), ({"max_depth": 3, "eta": 0.1}, False), ({"subsample": 0.5}, True), ({"colsample_bytree": 0.5}, True),
+    ({"booster": "dart"}, True), ({"lambdarank_pair_method": "mean"}, True), ({"something": "new"}, True),
+])  # fmt: skip
+def test_parameters_that_may_draw_random_numbers(given: dict[str, Any], random: bool) -> None:
+    assert is_random(params(params=given)) is random
 
 
 def history(metric: str, values: list[float]) -> History:
