@@ -38,7 +38,7 @@ def make_data(folder: Path, n_rows: int) -> Path:
         for i in range(files):
             rng = np.random.default_rng((n_rows, files, i))
             X = rng.standard_normal((rows // files, N_FEATURES), dtype=np.float32)
-            margin = X @ weights * 0.3 + X[:, 0] * X[:, 1] + np.sin(2 * X[:, 2])
+            margin = X @ weights * 0.3 + 1.5 * np.maximum(X[:, 0], X[:, 1]) + np.sin(2 * X[:, 2])
             y = (margin + rng.logistic(size=len(X)) > 0).astype(np.int8)
             table = pa.table({**{f"f{j}": X[:, j] for j in range(N_FEATURES)}, "y": y})
             pq.write_table(table, place / part / f"part-{i:02d}.parquet", row_group_size=262_144)

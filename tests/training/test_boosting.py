@@ -24,9 +24,9 @@ from claydist.schema import Schema, column_of, decide_roles
 from claydist.spec import TrainSpec, XGBoostSpec
 from claydist.specfile import load_spec
 from claydist.storage import open_store
-from claydist.training.boosting import boost
+from claydist.training.boosting import boost, sampled_inputs
 from claydist.training.checkpoints import find_checkpoint
-from claydist.training.job import TrainJob, plan_part
+from claydist.training.job import ShardRows, TrainJob, plan_part
 from claydist.training.progress import Reporter
 from claydist.training.worker import run_worker
 from tests.ranks import die, run_ranks
@@ -288,3 +288,26 @@ def test_sampled_cuts_are_the_same_on_all_ranks(tmp_path: Path) -> None:
     exact = train(Collective(), make_job(tmp_path, [rows(0), rows(1)], 1, run="exact", rounds=20))
     test = rows(9)
     assert abs(logloss(found[0], test, job) - logloss(exact, test, job)) < 0.01
+
+
+def test_a_sample_is_spread_over_the_row_groups(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [rows(i) for i in range(8)], 1, rounds=1, binning="sample")
+    shard = job.shard("train", 0)
+    assert len(shard.rows.pieces) == 48
+    sample = list(sampled_inputs(shard, 400))
+    X = np.concatenate([part["data"] for part in sample])
+    assert 350 <= len(X) <= 450
+    whole = np.concatenate([job.plan.tree_matrix(batch.encoded) for batch in shard.batches()])
+    assert {row.tobytes() for row in X} <= {row.tobytes() for row in whole}
+    assert np.nanmedian(X[:, 0]) == pytest.approx(np.nanmedian(whole[:, 0]), abs=5)
+    again = np.concatenate([part["data"] for part in sampled_inputs(shard, 400)])
+    np.testing.assert_array_equal(X, again)
+
+
+def test_sampled_cuts_with_a_rank_without_rows(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [rows()], 2, rounds=3, binning="sample")
+    shards = {"train": (job.shards["train"][0], ShardRows((), 0))}
+    found = outcomes(train, replace(job, shards=shards))
+    one = train(Collective(), replace(job, n_workers=1, run=open_store(str(tmp_path / "one"))))
+    test = rows(5)
+    np.testing.assert_allclose(predictions(found[0], test, job), predictions(one, test, job), atol=1e-5)
