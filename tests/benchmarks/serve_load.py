@@ -1,0 +1,211 @@
+"""A server under load while versions move, after its replica is killed, and asked four times what it can do.
+
+    uv run python -m tests.benchmarks.serve_load [--seconds 20]
+
+Needs `wrk`. Prints one JSON object: requests, failures and answers that do not fit the version they name while wrk asks
+without a pause and the champion is moved there and back; seconds until a killed replica answers again; and for a paced
+generator at four times the measured rate the answers by status, the longest wait of an accepted request, and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import xgboost as xgb
+
+from claydist.bundle import golden_rows, write_bundle
+from claydist.models import XGBoostModel
+from claydist.predictor import Predictor
+from claydist.registry import Registry, load, open_registry
+from tests.benchmarks.serve import KEY, NAMES, features, make_model, wait_for
+
+ROWS_OF_LOAD, OVERLOAD, OVERLOAD_S = 500, 4, 20
+_LUA = """
+wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Authorization"] = "Bearer {key}"
+wrk.body = [==[{body}]==]
+local threads = {{}}
+function setup(thread) table.insert(threads, thread) end
+function init() failed = 0; mixed = 0; first = 0; second = 0 end
+function response(status, headers, body)
+  if status ~= 200 then failed = failed + 1; return end
+  local version = tonumber(body:match('"version":"?(%d+)'))
+  local p = body:match('"probability":([%d.eE+-]+)')
+  if version == 1 then first = first + 1 else second = second + 1 end
+  if p ~= ({{"{p1}", "{p2}"}})[version] then mixed = mixed + 1 end
+end
+function done(summary, latency, requests)
+  local f, m, a, b = 0, 0, 0, 0
+  for _, t in ipairs(threads) do
+    f = f + t:get("failed"); m = m + t:get("mixed"); a = a + t:get("first"); b = b + t:get("second")
+  end
+  local e = summary.errors
+  print(string.format("FOUND failed=%d mixed=%d first=%d second=%d socket=%d", f, m, a, b,
+        e.connect + e.read + e.write + e.timeout))
+end
+"""
+
+
+def add_version(registry: Registry) -> None:
+    """A second version of the benchmark's model, of which the champion knows nothing yet."""
+    first = load("bench:1", registry).predictor
+    X = features(20_000)
+    booster = xgb.train({"max_depth": 4, "objective": "binary:logistic"}, xgb.DMatrix(X, X[:, 3] > 0.5), 50)
+    predictor = Predictor(first.plan, XGBoostModel(bytes(booster.save_raw("ubj")), "binary"), first.target)
+    version = registry.reserve("bench")
+    golden = golden_rows(pa.table(dict(zip(NAMES, X[:100].T, strict=True))), predictor)
+    manifest = {"name": "bench", "version": version, "golden": golden}
+    write_bundle(registry.version_store("bench", version), predictor, manifest=manifest, extra_files={})
+
+
+def body_of(n_rows: int) -> bytes:
+    """A request for so many rows."""
+    X = features(n_rows)
+    return orjson.dumps({"rows": [dict(zip(NAMES, row, strict=True)) for row in X.astype(float).tolist()]})
+
+
+def while_versions_move(url: str, registry: Registry, folder: Path, seconds: float) -> dict[str, Any]:
+    """What wrk saw while the champion went to version 2 and back."""
+    table = pa.table(dict(zip(NAMES, features(1).T, strict=True)))
+    shares = [
+        orjson.dumps(load(f"bench:{v}", registry).predict(table)["probability"][0].as_py()).decode() for v in (1, 2)
+    ]
+    script = folder / "moving.lua"
+    script.write_text(_LUA.format(key=KEY, body=body_of(1).decode(), p1=shares[0], p2=shares[1]))
+    command = ["wrk", "-t1", "-c16", f"-d{round(seconds)}s", "-s", str(script), url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for version in (2, 1):
+        time.sleep(seconds / 3)
+        registry.promote("bench", version)
+    said = process.communicate()[0]
+    found = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", said.partition("FOUND")[2])}
+    return {**found, "requests_per_s": float(re.search(r"Requests/sec:\s+([\d.]+)", said)[1])}  # type: ignore[index]
+
+
+def replica() -> int:
+    """The pid of the replica that has our key."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            is_replica = (place / "cmdline").read_bytes().startswith(b"ray::ServeReplica:claydist")
+            if is_replica and KEY.encode() in (place / "environ").read_bytes():
+                return int(place.name)
+        except OSError:
+            continue
+    raise SystemExit("no replica runs")
+
+
+def pss_mb(pid: int) -> float:
+    """Proportional set size in MB."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("Pss:"))
+
+
+async def asked(port: int, body: bytes) -> tuple[int, bool, float]:
+    """Status (0 for a broken connection), whether Retry-After came, and seconds."""
+    began = time.monotonic()
+    head = (
+        f"POST /predict/bench HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + body)
+        answer = await reader.read()
+        writer.close()
+        return int(answer.split(b" ", 2)[1]), b"retry-after" in answer.lower(), time.monotonic() - began
+    except (OSError, IndexError, ValueError):
+        return 0, False, time.monotonic() - began
+
+
+async def paced(port: int, body: bytes, rate: float, seconds: float) -> list[tuple[int, bool, float]]:
+    """Answers to requests that are sent at a rate, whether or not the earlier ones are answered."""
+    tasks, began = [], time.monotonic()
+    for i in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, began + i / rate - time.monotonic()))
+        tasks.append(asyncio.create_task(asked(port, body)))
+    return list(await asyncio.gather(*tasks))
+
+
+def capacity(port: int, body: bytes, seconds: float = 5) -> float:
+    """Answers a second to four askers that never pause."""
+    ended, counts = time.monotonic() + seconds, [0] * 4
+
+    def ask(i: int) -> None:
+        while time.monotonic() < ended:
+            counts[i] += asyncio.run(asked(port, body))[0] == 200
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / seconds
+
+
+def overloaded(port: int) -> dict[str, Any]:
+    """Answers at four times the rate, and the replica's memory before and after."""
+    body, pid = body_of(ROWS_OF_LOAD), replica()
+    rate, before = capacity(port, body), pss_mb(pid)
+    answers = asyncio.run(paced(port, body, OVERLOAD * rate, OVERLOAD_S))
+    refused = [a for a in answers if a[0] == 503]
+    return {
+        "rows_a_request": ROWS_OF_LOAD, "capacity_per_s": round(rate, 1), "asked_per_s": round(OVERLOAD * rate, 1),
+        "answers": dict(Counter(str(a[0]) for a in answers)), "503_with_retry_after": sum(a[1] for a in refused),
+        "longest_accepted_s": round(max((a[2] for a in answers if a[0] == 200), default=0.0), 2),
+        "memory_mb": [round(before, 1), round(pss_mb(pid), 1)],
+    }  # fmt: skip
+
+
+def killed(url: str, body: bytes, process: subprocess.Popen[bytes]) -> float:
+    """Seconds from the SIGKILL of the only replica until it answers again."""
+    began = time.monotonic()
+    os.kill(replica(), signal.SIGKILL)
+    time.sleep(0.2)
+    wait_for(url, body, process)
+    return round(time.monotonic() - began, 1)
+
+
+def main() -> None:
+    """Run all three and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--port", type=int, default=18100)
+    given = parser.parse_args()
+    url = f"http://127.0.0.1:{given.port}/predict/bench"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "registry")
+        registry = open_registry(str(folder / "registry"))
+        add_version(registry)
+        script = str(Path(__file__).with_name("serve.py"))
+        environment = {**os.environ, "CLAYDIST_API_KEYS": KEY}
+        command = [sys.executable, script, "--role", "serve", "--port", str(given.port), "--folder", name]
+        process = subprocess.Popen(command, env=environment)
+        try:
+            wait_for(url, body_of(1), process)
+            print(json.dumps({"moving": while_versions_move(url, registry, folder, given.seconds)}), flush=True)
+            print(json.dumps({"overload": overloaded(given.port)}), flush=True)
+            print(json.dumps({"killed_answers_after_s": killed(url, body_of(1), process)}), flush=True)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+if __name__ == "__main__":
+    main()
