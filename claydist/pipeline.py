@@ -6,9 +6,7 @@ Each step is one call whose argument is the result of the one before; what a ste
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,7 +30,7 @@ from claydist.preparation import Prepared, Tables, memory_bytes, open_tables, pl
 from claydist.registry import Registry
 from claydist.reporting.data import report_data
 from claydist.reporting.html import render_report
-from claydist.runs import Run, clean_runs, find_unfinished, public_spec, spec_digest, start_run
+from claydist.runs import Run, clean_runs, find_unfinished, process_facts, public_spec, spec_digest, start_run
 from claydist.spec import TrainSpec, XGBoostSpec
 from claydist.training.driver import TrainResult, train_on_ray
 from claydist.training.goals import decide_promotion, deciding_metric, judge
@@ -94,36 +92,37 @@ def train(
     display.run(run.run_id)
     cache_dir = str(Path(gettempdir()) / f"claydist-{run.run_id}")
     try:
-        with clock.stage("statistics"):
-            prepared = prepare(spec, tables, cache_dir)
-            if not layout.scales:
-                check_memory(spec, prepared, run.facts["layout"])
-        for warning in prepared.warnings:
-            display.say(warning)
-        with clock.stage("training"):
-            job = _job(spec, prepared, run, cache_dir)
-            # A resumed run keeps its layout, which this cluster may not hold.
-            planned = cluster.plan_layout(
-                cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
-                autoscaler_cpus=cluster.autoscaler_cpus(),
-            )  # fmt: skip
-            cluster.wait_for_room(planned, spec.train.wait_s, display.say)
-            result = train_on_ray(job, spec.train, memory_bytes(spec), display.progress)
-            if result.outcome.get("converged") is False:
-                display.say(
-                    f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
-                    f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
-                )
-        predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
-        with clock.stage("evaluation"):
-            evaluations = {
-                name: _evaluate(predictor, prepared, spec, name, cache_dir) for name in prepared.judged_parts
-            }
-            goals = _judge(spec, evaluations)
-            champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
-        with clock.stage("registration"):
-            trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
-                                promote, clock, resumed)  # fmt: skip
+        with run.kept_alive():
+            with clock.stage("statistics"):
+                prepared = prepare(spec, tables, cache_dir)
+                if not layout.scales:
+                    check_memory(spec, prepared, run.facts["layout"])
+            for warning in prepared.warnings:
+                display.say(warning)
+            with clock.stage("training"):
+                job = _job(spec, prepared, run, cache_dir)
+                # A resumed run keeps its layout, which this cluster may not hold.
+                planned = cluster.plan_layout(
+                    cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
+                    autoscaler_cpus=cluster.autoscaler_cpus(),
+                )  # fmt: skip
+                cluster.wait_for_room(planned, spec.train.wait_s, display.say)
+                result = train_on_ray(job, spec.train, memory_bytes(spec), display.progress)
+                if result.outcome.get("converged") is False:
+                    display.say(
+                        f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
+                        f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
+                    )
+            predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
+            with clock.stage("evaluation"):
+                evaluations = {
+                    name: _evaluate(predictor, prepared, spec, name, cache_dir) for name in prepared.judged_parts
+                }
+                goals = _judge(spec, evaluations)
+                champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
+            with clock.stage("registration"):
+                trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
+                                    promote, clock, resumed)  # fmt: skip
     except BaseException as e:
         clock.run.fail(e)
         raise
@@ -142,14 +141,15 @@ def _open_run(
     """The run to go on with, or a new one, and which of the two; world size and threads are frozen with it."""
     if resume:
         found = find_unfinished(registry, "train", spec_digest(spec), tables.fingerprint)
-        if found and found.state == "running" and found.facts["pid"] != os.getpid():
+        if found and found.state == "running" and not found.is_mine:
             raise TrainingError(
                 f"run {found.run_id} of this spec is still going on, as process {found.facts['pid']} of "
-                f"{found.facts['host']}; wait for its end, or end it first"
+                f"{str(found.facts['host']).partition('/')[0]}; wait for its end, or end it first: a run whose process "
+                f"is gone counts as lost a minute later"
             )
         if found and found.facts.get("layout"):
             display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
-            return found.update(state="running", host=socket.gethostname(), pid=os.getpid()), True
+            return found.update(state="running", **process_facts()), True
         display.say("no unfinished run of this spec and input; starting a new one")
     run = start_run(registry, "train", spec, spec.name, tables.fingerprint)
     return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}), False

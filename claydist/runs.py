@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import secrets
-import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from claydist import alive
 from claydist.errors import RegistryError, StorageError
 from claydist.registry import Registry
 from claydist.spec import ScoreSpec, TrainSpec
@@ -20,6 +21,7 @@ from claydist.storage import Store
 
 FOLDER = "_runs"
 FILE = "run.json"
+LEASE = "lease.json"
 KEEP_FINISHED = 100
 # How a run goes about its work; a run may be resumed under others of these.
 _OPERATIONAL = {"max_failures", "timeout_s", "wait_s", "checkpoint_s"}
@@ -39,16 +41,32 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, finished, failed, interrupted; or lost: it says running, and its process on this host is gone."""
+        """running, finished, failed, interrupted; or lost: it says running, and its process is gone.
+
+        On this host that is seen at once, elsewhere when the run's lease is over, a minute after its end.
+        """
         state = str(self.facts["state"])
-        if state == "running" and self.facts.get("host") == socket.gethostname():
-            try:
-                os.kill(int(self.facts["pid"]), 0)
-            except ProcessLookupError:
-                return "lost"
-            except PermissionError:
-                pass
-        return state
+        return "lost" if state == "running" and not self._is_alive() else state
+
+    @property
+    def is_mine(self) -> bool:
+        """True when this process wrote itself down as the run's."""
+        return all(self.facts.get(name) == value for name, value in process_facts().items())
+
+    def kept_alive(self) -> alive.Renewed:
+        """A context in which others see that the run goes on."""
+        return alive.Renewed(self._lease)
+
+    @property
+    def _lease(self) -> Store:
+        return self.store.join(LEASE)
+
+    def _is_alive(self) -> bool:
+        if self.facts.get("host") == alive.here() and self.facts.get("process_start"):
+            return alive.started(int(self.facts["pid"])) == self.facts.get("process_start")
+        # Between its first words and its lease a run is as alive as with a lease of that moment.
+        written = datetime.fromisoformat(str(self.facts["updated_at"])).timestamp()
+        return max(written + alive.LEASE_S, alive.lease_end(self._lease) or 0.0) > time.time()
 
     def update(self, **facts: Any) -> Run:
         """The run after its file was replaced with these facts added."""
@@ -68,6 +86,11 @@ class Run:
         """The run after it ended badly; its checkpoints stay, for `--resume`."""
         state = "failed" if isinstance(error, Exception) else "interrupted"
         return self.update(state=state, ended_at=_now(), error=f"{type(error).__name__}: {error}"[:4000])
+
+
+def process_facts() -> dict[str, Any]:
+    """What run.json says of this process."""
+    return {"host": alive.here(), "pid": os.getpid(), "process_start": alive.my_start()}
 
 
 def spec_digest(spec: TrainSpec | ScoreSpec) -> str:
@@ -100,7 +123,7 @@ def start_run(registry: Registry, kind: str, spec: TrainSpec | ScoreSpec, name: 
     run_id = f"{now:%Y%m%dT%H%M%S}-{name}-{secrets.token_hex(3)}"
     facts = {
         "id": run_id, "kind": kind, "name": name, "state": "running", "stage": "start", "started_at": now.isoformat(),
-        "host": socket.gethostname(), "pid": os.getpid(), "spec_digest": spec_digest(spec), "inventory": inventory,
+        **process_facts(), "spec_digest": spec_digest(spec), "inventory": inventory,
         "spec": public_spec(spec),
     }  # fmt: skip
     return Run(registry.store.join(FOLDER, run_id), facts).update()

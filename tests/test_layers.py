@@ -16,7 +16,7 @@ ABOVE_THE_LINE = (
     "errors", "spec", "specfile", "files", "storage", "schema", "comparisons", "expressions", "sketch",
     "arrays", "profile", "features",
     "values", "rows", "models", "score_table", "ranking", "metrics", "predictor", "labels", "bundle", "registry",
-    "runs",
+    "alive", "runs",
 )  # fmt: skip
 BELOW_THE_LINE = (
     "display", "cluster", "dataset", "collective", "training", "preparation", "memory", "evaluate", "reporting",

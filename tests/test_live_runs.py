@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tables import cut, make_table, spec_of, write_files
 
-from claydist import runs
+from claydist import alive, runs
 from claydist.display import Silent
 from claydist.errors import TrainingError
 from claydist.pipeline import train
@@ -31,13 +31,14 @@ def spec(ray_cluster: None, tmp_path: Path) -> TrainSpec:
 
 def test_a_live_run_is_not_resumed(spec: TrainSpec) -> None:
     registry = open_registry(None, spec.registry)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         run = start_run(registry, "train", spec, spec.name, open_tables(spec).fingerprint)
-        run.update(layout={"n_workers": 1, "n_threads": 1}, pid=alive.pid)
-        with pytest.raises(TrainingError, match=f"still going on, as process {alive.pid}"):
+        start = alive.started(other.pid)
+        run.update(layout={"n_workers": 1, "n_threads": 1}, pid=other.pid, process_start=start)
+        with pytest.raises(TrainingError, match=f"still going on, as process {other.pid}"):
             train(spec, registry, Silent(), resume=True)
     assert [r.state for r in list_runs(registry)] == ["lost"]
-    assert os.getpid() != alive.pid
+    assert os.getpid() != other.pid
 
 
 def test_tidying_up_goes_on_when_another_was_faster(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +50,27 @@ def test_tidying_up_goes_on_when_another_was_faster(spec: TrainSpec, monkeypatch
     clean_runs(registry)
     assert not made[1].store.exists()
     assert made[2].store.exists()
+
+
+def test_a_run_on_another_host_is_lost_when_its_lease_is_over(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = open_registry(None, spec.registry)
+    run = start_run(registry, "train", spec, spec.name, open_tables(spec).fingerprint)
+    run = run.update(layout={"n_workers": 1, "n_threads": 1}, host="old-pod/boot/pid:[1]", pid=os.getpid())
+    with run.kept_alive():
+        assert [r.state for r in list_runs(registry)] == ["running"]
+        with pytest.raises(TrainingError, match="still going on, as process .* of old-pod"):
+            train(spec, registry, Silent(), resume=True)
+    monkeypatch.setattr(alive, "LEASE_S", 0.0)  # what it wrote a moment ago does not count any more
+    trained = train(spec, registry, Silent(), resume=True)
+    assert trained.summary["resumed"] is True
+    assert [r.state for r in list_runs(registry)] == ["finished"]
+
+
+def test_a_pid_that_another_process_has_now_is_not_the_run(spec: TrainSpec) -> None:
+    registry = open_registry(None, spec.registry)
+    run = start_run(registry, "train", spec, spec.name, "x")
+    assert run.is_mine
+    assert run.state == "running"
+    other = run.update(process_start="1")
+    assert not other.is_mine
+    assert other.state == "lost"

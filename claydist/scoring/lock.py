@@ -14,21 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from claydist import alive
 from claydist.errors import AlreadyExists, StorageError
 from claydist.storage import Store
 
 FOLDER = "_locks"
-LEASE_S = 60.0
-RENEW_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Owner:
     def me(cls, run: str) -> Owner:
         """The process that asks."""
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return cls(run, _host(), os.getpid(), _started(os.getpid()) or "", since)
+        return cls(run, alive.here(), os.getpid(), alive.my_start(), since)
 
     def describe(self) -> str:
         """The owner as a person reads it."""
@@ -73,31 +69,17 @@ class Lease:
 
     output: Store
     owner: Owner
-    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __enter__(self) -> Lease:
-        self._renew()
-        self._thread = threading.Thread(target=self._keep, name="claydist-lease", daemon=True)
-        self._thread.start()
+        self._renewed = alive.Renewed(self._file(self.owner.run))
+        self._renewed.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        with suppress(StorageError):  # it ends by itself
-            self._file.remove()
+        self._renewed.__exit__()
 
-    @property
-    def _file(self) -> Store:
-        return self.output.join(FOLDER, f"{self.owner.run}.lease")
-
-    def _renew(self) -> None:
-        self._file.write(json.dumps({"until": time.time() + LEASE_S}).encode())
-
-    def _keep(self) -> None:
-        while not self._stop.wait(RENEW_S):
-            with suppress(StorageError):  # of a moment, perhaps; the commit compares what it replaces
-                self._renew()
+    def _file(self, run: str) -> Store:
+        return self.output.join(FOLDER, f"{run}.lease")
 
     def try_lock(self, folder: str) -> Owner | None:
         """None when the lock is now held by this run; else who holds it."""
@@ -127,13 +109,9 @@ class Lease:
             self._place(folder, number).remove()
 
     def _judge(self, holder: Owner) -> Literal["held", "free"]:
-        here = _host()
-        started = _started(holder.pid) if holder.host == here else None
-        return judge(holder, self._until(holder.run), here, started, time.time())
-
-    def _until(self, run: str) -> float | None:
-        tree = self._tree(self.output.join(FOLDER, f"{run}.lease"))
-        return float(tree["until"]) if tree else None
+        here = alive.here()
+        started = alive.started(holder.pid) if holder.host == here else None
+        return judge(holder, alive.lease_end(self._file(holder.run)), here, started, time.time())
 
     def _numbers(self, folder: str) -> list[int]:
         begin, end = f"{folder}~", ".json"
@@ -157,21 +135,3 @@ class Lease:
                 raise
             return None
         return tree
-
-
-def _host() -> str:
-    boot = namespace = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    return f"{socket.gethostname()}/{boot}/{namespace}"
-
-
-def _started(pid: int) -> str | None:
-    """When the process began, in the kernel's clock ticks; None when there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold anything
-    return None if fields[0] in "ZX" else fields[19]

@@ -92,7 +92,8 @@ class _Scoring:
         self.run = start_run(self.registry, "score", self.spec, self.model.name, self.inventory.fingerprint)
         self.display.run(self.run.run_id)
         try:
-            self._work_on(dates)
+            with self.run.kept_alive():
+                self._work_on(dates)
         except BaseException as e:
             self.run.fail(e)
             raise

@@ -273,7 +273,7 @@ def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
     output = open_store(tmp_path)
     dead = replace(Owner.me("dead"), started="1")
     lease = Lease(output, dead)
-    lease._renew()
+    lease.__enter__()
     assert lease.try_lock("dt=2026-01-01") is None
     with Lease(output, Owner.me("living")) as living:
         assert living.try_lock("dt=2026-01-01") is None
