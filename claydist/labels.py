@@ -28,7 +28,7 @@ def decide_target(spec: TrainSpec, label: Column, sums: ColumnSums) -> Target:
 
     Raises
     ------
-    SpecError : when the spec's task does not fit the label's type.
+    SpecError : when the spec's task, or `data.label.positive`, does not fit the label.
     DataError : when the label has one value only, or more classes than can be told apart.
     """
     data = spec.data
@@ -36,6 +36,7 @@ def decide_target(spec: TrainSpec, label: Column, sums: ColumnSums) -> Target:
     if not values:
         raise DataError(f"label column {label.name!r} has no value in {sums.n_rows} rows; nothing to learn")
     task = _task(spec, label, values)
+    _require_positive_used(data, task)
     quantiles = spec.model.quantiles if isinstance(spec.model, XGBoostSpec) else ()
     if task in ("regression", "ranking"):
         _require_numbers(label, task)
@@ -175,7 +176,21 @@ def _positive_last(data: DataSpec, classes: list[Any]) -> list[Any]:
         return classes
     if positive not in classes:
         raise DataError(f"data.label.positive is {positive!r}; the label's values are {classes}")
-    return [value for value in classes if value != positive] + [positive]
+    # The data's own value: True is 1 to Python, and not to a column.
+    return [v for v in classes if v != positive] + [v for v in classes if v == positive]
+
+
+def _require_positive_used(data: DataSpec, task: str) -> None:
+    positive = data.label.positive
+    if positive is None:
+        return
+    if data.label.above is not None:
+        raise SpecError(f"data.label.positive is {positive!r}, and data.label.above decides what is true; drop one")
+    if task != "binary":
+        raise SpecError(
+            f"data.label.positive is {positive!r}, and the task is {task!r} by the label's values; "
+            f"drop it, or set model.task to binary"
+        )
 
 
 def _require_numbers(label: Column, what: str) -> None:

@@ -71,6 +71,30 @@ def test_positive_is_last() -> None:
         decide(pa.array(["a", "b"]), spec({"column": "y", "positive": "c"}))
 
 
+@pytest.mark.parametrize(("values", "positive", "classes"), [
+    ([0, 1], True, (0, 1)), ([0, 1], False, (1, 0)), ([0, 1], 0.0, (1, 0)), ([False, True], 0, (True, False)),
+])  # fmt: skip
+def test_positive_of_another_type_is_the_datas_own_value(
+    values: list[Any], positive: Any, classes: tuple[Any, ...]
+) -> None:
+    target = decide(pa.array(values), spec({"column": "y", "positive": positive}))
+    assert [(type(c), c) for c in target.classes] == [(type(c), c) for c in classes]
+    assert label_values(target, pa.chunked_array([classes]), "x").tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("values", "label", "model", "text"), [
+    ([1, 9], {"above": 5, "positive": True}, {}, "positive is True, and data.label.above decides"),
+    (["a", "b", "c"], {"positive": "a"}, {}, "positive is 'a', and the task is 'multiclass'"),
+    ([0, 1], {"positive": 1}, {"task": "multiclass"}, "the task is 'multiclass'"),
+    ([0.0, 1.0], {"positive": 1}, {}, "the task is 'regression' .* set model.task to binary"),
+])  # fmt: skip
+def test_positive_where_it_would_be_ignored_is_an_error(
+    values: list[Any], label: dict[str, Any], model: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(SpecError, match=text):
+        decide(pa.array(values), spec({"column": "y", **label}, model))
+
+
 def test_quantiles_go_with_the_target() -> None:
     target = decide(pa.array([0.5, 2]), spec(model={"quantiles": [0.1, 0.9]}))
     assert (target.task, target.quantiles) == ("regression", (0.1, 0.9))
