@@ -116,7 +116,7 @@ def open_tables(spec: TrainSpec) -> Tables:
     Raises
     ------
     SpecError : for a relative local path inside a Ray job or on several nodes.
-    DataError : when a path holds no Parquet, or a test path is a training file.
+    DataError : when a path holds no Parquet, or files of train, valid and test overlap.
     """
     data = spec.data
     check_paths([*data.path, *_separate_paths(spec)])
@@ -128,6 +128,9 @@ def open_tables(spec: TrainSpec) -> Tables:
             separate[name] = _inventory(spec, part.path)
             if both := separate[name].overlap(main):
                 raise DataError(f"split.{name}.path names files that are trained on; keep them apart", both[:20])
+    if len(separate) == 2 and (both := separate["valid"].overlap(separate["test"])):
+        # Rows that stop the training are no measure of it.
+        raise DataError("split.valid.path and split.test.path name the same files; keep them apart", both[:20])
     tables = Tables(main, separate)
     check_visible(tables)
     return tables

@@ -125,6 +125,11 @@ def copied_for_test(link: Callable[[Path, Path], None] | None) -> Change:
     return change
 
 
+def valid_and_test_overlap(tree: dict[str, Any], folder: Path) -> None:
+    write_files(folder / "separate", cut(make_table(7, 200), 2))
+    tree["split"] = {"valid": {"path": str(folder / "separate")}, "test": {"path": f"{folder}/separate/*00*"}}
+
+
 def five_mistakes(tree: dict[str, Any], folder: Path) -> None:
     tree["nmae"] = "x"
     tree["name"] = "UPPER"
@@ -215,6 +220,8 @@ BAD = [
         r"split\.test\.path.*part-02\.parquet"),
     Bad("a test path that links to a training file", copied_for_test(lambda a, b: b.symlink_to(a)), "DataError",
         r"split\.test\.path"),
+    Bad("a valid and a test path of the same files", valid_and_test_overlap, "DataError",
+        r"split\.valid\.path and split\.test\.path name the same files.*separate/part-00"),
     Bad("a test table without the label", separate_table(GOOD.drop_columns(["late"])), "DataError", "'late'"),
     Bad("a test table without a feature", separate_table(GOOD.drop_columns(["km"])), "DataError", "'km'"),
     Bad("a valid table with a null label", separate_table(values("late", first(None))(GOOD), "valid"), "DataError",
