@@ -22,11 +22,10 @@ from claydist.storage import open_store, split_glob
 
 logger = logging.getLogger("claydist.serving")
 
-_ID = re.compile(r"claydist-score-[0-9a-f]{20}(-[0-9]{1,3})?")
+_ID = re.compile(r"claydist-score-[0-9a-f]{20}(-[0-9]{1,9})?")
 _RANGE = ("from", "to", "replace", "replace_stale")
 # What reaches storage with options of the caller's choosing could be pointed at anything the cluster can reach.
 _OPERATORS = ("model", "registry", "storage_options")
-_MOST_ATTEMPTS = 100
 
 
 class BatchJobs:
@@ -42,7 +41,9 @@ class BatchJobs:
         self._client: Any = None
 
     def submit(self, served: Served, tree: Any) -> dict[str, Any]:
-        """The run that scores as `tree` says: a new one, or the same one where it is at work or done already.
+        """The run that scores as `tree` says: a new one, or the same one where it is waiting or at work.
+
+        A run that has ended is run again: what it published stays as it is, and there may be more to score by now.
 
         Parameters
         ----------
@@ -50,23 +51,17 @@ class BatchJobs:
 
         Raises
         ------
-        Refusal : 400 for a spec that is wrong or places that are not allowed, 503 without a Jobs API.
+        Refusal : 400 for a spec that is wrong or places that are not allowed, 503 where the Jobs API does not answer.
         """
         self._require_roots()
         command, spec = self._checked(served, tree)
         client = self._connected()
         text = json.dumps([served.digest, command, spec.model_dump(mode="json")], sort_keys=True)
         base = f"claydist-score-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
-        submission = _entrypoint(spec, command)
-        for attempt in range(_MOST_ATTEMPTS):
-            job_id = f"{base}-{attempt}" if attempt else base
-            status = _status(client, job_id)
-            if status in ("FAILED", "STOPPED"):
-                continue  # Ray never takes an id twice
-            if status is None:
-                _submit(client, job_id, submission, served)
-            return {"id": job_id, "status": status or "PENDING", **served.identity()}
-        raise Refusal(409, f"this run failed {_MOST_ATTEMPTS} times; look at the logs of {base} before asking again")
+        job_id, status = _attempt(client, base)
+        if status is None:
+            _submit(client, job_id, _entrypoint(spec, command), served)
+        return {"id": job_id, "status": status or "PENDING", **served.identity()}
 
     def look(self, job_id: str) -> dict[str, Any]:
         """Status of a run, and what `claydist score --json` said where it has ended."""
@@ -201,6 +196,23 @@ def _dashboard_address() -> str | None:
     if not url:
         raise ConnectionError("it runs without a dashboard")
     return f"http://{url}"
+
+
+def _attempt(client: Any, base: str) -> tuple[str, str | None]:
+    """Id and status of the attempt that is waiting or at work, else the next id, which no attempt has; one request."""
+    try:
+        jobs = client.list_jobs()
+    except (RuntimeError, OSError) as e:
+        logger.warning("Ray did not list its jobs: %s", e)
+        raise Refusal(503, "Ray did not list its jobs; ask again a little later") from None
+    # A job that was not submitted by the Jobs API has no submission id.
+    matches = ((re.fullmatch(rf"{base}(?:-(\d+))?", job.submission_id or ""), job) for job in jobs)
+    attempts = {int(match[1] or 0): job for match, job in matches if match}
+    for job in attempts.values():
+        if not job.status.is_terminal():
+            return job.submission_id, str(job.status.value)
+    # Ray never takes an id twice.
+    return (f"{base}-{max(attempts) + 1}" if attempts else base), None
 
 
 def _status(client: Any, job_id: str) -> str | None:

@@ -36,6 +36,7 @@ class Info:
     metadata: dict[str, str]
     start_time: int = 1
     end_time: int | None = None
+    submission_id: str | None = None
 
 
 @dataclass
@@ -48,9 +49,12 @@ class Client:
     def submit_job(self, entrypoint: str, submission_id: str, metadata: dict[str, str]) -> str:
         if submission_id in self.jobs:
             raise RuntimeError("taken")
-        self.jobs[submission_id] = Info(Status.PENDING, metadata)
+        self.jobs[submission_id] = Info(Status.PENDING, metadata, submission_id=submission_id)
         self.entrypoints.append(entrypoint)
         return submission_id
+
+    def list_jobs(self) -> list[Info]:
+        return [Info(Status.RUNNING, {}), *self.jobs.values()]
 
     def get_job_info(self, job_id: str) -> Info:
         if job_id not in self.jobs:
@@ -95,10 +99,40 @@ def test_the_same_run_is_submitted_once(batch: Any, served: Served, roots: Any) 
     assert first == {"id": first["id"], "status": "PENDING", **served.identity()}
     assert found.submit(served, dict(reversed(tree.items())))["id"] == first["id"]
     assert found.submit(served, {**tree, "date": "day"})["id"] != first["id"]
-    client.jobs[first["id"]].status = Status.SUCCEEDED
-    assert found.submit(served, tree)["status"] == "SUCCEEDED"
-    client.jobs[first["id"]].status = Status.FAILED
-    assert found.submit(served, tree)["id"] == first["id"] + "-1"
+    client.jobs[first["id"]].status = Status.RUNNING
+    assert found.submit(served, tree)["status"] == "RUNNING"
+    assert len(client.jobs) == 2
+
+
+def test_a_run_that_has_ended_is_run_again(batch: Any, served: Served, roots: Any) -> None:
+    found, client = batch
+    tree = {"input": f"{roots[0]}/a", "output": str(roots[1]), "date": "dt", "key": ["flight"]}
+    first = found.submit(served, tree)["id"]
+    last = first
+    # A night each: more nights than an id had room for once, and an end of every kind.
+    for night in range(1, 121):
+        client.jobs[last].status = (Status.SUCCEEDED, Status.FAILED, Status.STOPPED)[night % 3]
+        last = found.submit(served, tree)["id"]
+        assert last == f"{first}-{night}"
+        assert found.look(last)["status"] == "PENDING"
+    del client.jobs[f"{first}-7"]
+    assert found.submit(served, tree)["id"] == last
+    assert len(client.entrypoints) == 121
+
+
+def test_without_a_list_of_jobs_nothing_is_submitted(
+    batch: Any, served: Served, roots: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, client = batch
+
+    def fails() -> None:
+        raise RuntimeError("Request failed with status code 500")
+
+    monkeypatch.setattr(client, "list_jobs", fails)
+    with pytest.raises(Refusal, match="did not list its jobs") as caught:
+        found.submit(served, {"input": f"{roots[0]}/a", "output": str(roots[1])})
+    assert caught.value.status == 503
+    assert not client.entrypoints
 
 
 def test_the_command_gets_the_spec_by_a_pipe(batch: Any, served: Served, roots: Any) -> None:
