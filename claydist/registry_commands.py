@@ -11,7 +11,7 @@ from rich.table import Table
 from claydist.bundle import check_golden, read_bundle, read_manifest
 from claydist.errors import SpecError
 from claydist.output import AsJson, Output, RegistryUrl
-from claydist.registry import open_registry
+from claydist.registry import open_registry, parse_ref
 from claydist.runs import list_runs, show_run
 
 models_app = typer.Typer(no_args_is_help=True, help="Versions in the registry: list, show, promote, roll back, verify.")
@@ -49,10 +49,13 @@ def models_promote(
     registry: RegistryUrl = None,
 ) -> None:
     """Move an alias to a version. Example: `claydist models promote flight-delay:3 --why "lower log loss"`."""
+    parsed = parse_ref(ref)
+    if parsed.url is not None:
+        # A bundle elsewhere names itself; this registry's version of that name is another one.
+        raise SpecError(f"expected NAME:VERSION of the registry to promote, found the URL or path {ref!r}")
     opened = open_registry(registry)
-    found = opened.resolve(ref)
-    if found.name is None or found.version is None:
-        raise SpecError(f"{ref!r} is a URL; promote takes NAME:VERSION of the registry")
+    found = opened.resolve(parsed)
+    assert found.version is not None
     move = opened.promote(found.name, found.version, alias=alias, why=why)
     _show_move(found.name, move, as_json)
 

@@ -14,6 +14,7 @@ from claydist.bundle import write_bundle
 from claydist.errors import BundleError, RegistryError, SpecError, StorageError
 from claydist.predictor import Predictor
 from claydist.registry import Ref, Registry, load, open_registry, parse_ref
+from claydist.registry_commands import models_promote
 from claydist.storage import Store, open_store
 from tests.stores import s3_options, store
 from tests.test_bundle import make_predictor, make_table
@@ -280,6 +281,17 @@ class TestReferences:
         assert (local.resolve(bare.url).name, local.resolve(bare.url).version) == ("registry-bare", None)
         with pytest.raises(BundleError, match="expected a bundle"):
             local.resolve(local.store.url)
+
+    def test_promote_does_not_take_a_url(self, tmp_path: Path, predictor: Predictor) -> None:
+        staging, production = (open_registry(str(tmp_path / name)) for name in ("staging", "production"))
+        for registry in (staging, production):
+            publish(registry, predictor)
+        url = staging.version_store("m", 1).url
+        with pytest.raises(SpecError, match=f"expected NAME:VERSION of the registry to promote, .*{re.escape(url)}"):
+            models_promote(url, registry=production.store.url)
+        assert production.history("m") == []
+        models_promote("m:1", registry=production.store.url)
+        assert production.alias_version("m") == 1
 
 
 class TestLoad:
