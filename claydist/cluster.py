@@ -81,11 +81,12 @@ def connected(address: str | None = None, *, verbose: bool = False) -> Iterator[
         return
     level = logging.INFO if verbose else logging.ERROR
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level, "configure_logging": True}
-    target = address or os.environ.get("RAY_ADDRESS") or _running_address()
+    given = address or os.environ.get("RAY_ADDRESS")
+    target = given or _running_address()
     try:
         if target and target != "local":
             if not target.startswith("ray://"):
-                _probe(target, was_found=not (address or os.environ.get("RAY_ADDRESS")))
+                _probe(target, was_found=not given or given == "auto")
             ray.init(target, **options)
         else:
             ray.init("local", include_dashboard=False, **options)
@@ -131,12 +132,15 @@ def _probe(address: str, *, was_found: bool) -> None:
 
 
 def _running_address() -> str | None:
-    """The address of a cluster that `ray start` left running on this machine, if it still answers."""
-    from ray._private.services import canonicalize_bootstrap_address
+    """The address that `ray start` left behind on this machine; None where there is none, or `ray stop` came since.
+
+    Ray's own "auto" would also find the private cluster of another command, which ends with that command.
+    """
+    from ray._private.services import find_bootstrap_address
 
     try:
-        return canonicalize_bootstrap_address("auto")
-    except Exception:  # Ray raises ConnectionError or its own; there is none either way
+        return find_bootstrap_address(None) or None
+    except OSError:  # another user's, which we may not read
         return None
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from claydist.cluster import Layout, Node, _room, plan_layout
+from claydist import cluster
+from claydist.cluster import Layout, Node, _room, _running_address, plan_layout
 from claydist.errors import ClusterError
 
 GIB = 2**30
@@ -98,3 +100,45 @@ def test_the_setting_that_works_works() -> None:
     with pytest.raises(ClusterError, match=r"set train\.workers=5"):
         plan(nodes(4, 1), workers=6)
     assert plan(nodes(4, 1), workers=5) == (5, 1)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where `ray start` writes its address; on a machine where another command's private cluster runs."""
+    from ray._common import utils
+    from ray._private import services
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(utils, "get_default_ray_temp_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:1"})
+    return tmp_path / "ray_current_cluster"
+
+
+def test_only_what_ray_start_left_is_joined_unasked(written: Path) -> None:
+    assert _running_address() is None
+    written.write_text("127.0.0.1:6379\n")
+    assert _running_address() == "127.0.0.1:6379"
+    written.write_text("")
+    assert _running_address() is None
+
+
+@pytest.mark.parametrize(("address", "environment", "target", "was_found"), [
+    (None, None, "127.0.0.1:6379", True), (None, "auto", "auto", True), ("auto", None, "auto", True),
+    (None, "head:6379", "head:6379", False), ("head:6379", "auto", "head:6379", False),
+])  # fmt: skip
+def test_a_cluster_that_was_found_is_asked_with_the_token_at_home(
+    written: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, environment: str | None, target: str,
+    was_found: bool,
+) -> None:  # fmt: skip
+    import ray
+
+    asked: list[tuple[str, bool]] = []
+    written.write_text("127.0.0.1:6379")
+    if environment is not None:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    monkeypatch.setattr(cluster, "_probe", lambda target, *, was_found: asked.append((target, was_found)))
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda *_, **__: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with cluster.connected(address):
+        assert asked == [(target, was_found)]
