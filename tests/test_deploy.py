@@ -126,6 +126,15 @@ def test_schedules_are_five_fields_in_a_named_zone(validator):
     assert not re.search(r"(?<!\\)%", line[0]), "cron ends the command at a bare %"
 
 
+def test_cron_finds_the_command_and_what_it_runs():
+    lines = (DEPLOY / "crontab").read_text().splitlines()
+    (path,) = [line.removeprefix("PATH=").split(":") for line in lines if line.startswith("PATH=")]
+    assert lines.index(f"PATH={':'.join(path)}") < next(i for i, line in enumerate(lines) if re.match(r"[\d*]", line))
+    assert path[-3:] == ["/usr/local/bin", "/usr/bin", "/bin"]
+    assert len(path) > 3
+    assert all(folder.startswith("/") for folder in path), "cron fills in no variable"
+
+
 def test_one_image_of_this_version_everywhere():
     images = {container["image"] for container in _containers()}
     assert len(images) == 1
