@@ -237,7 +237,9 @@ def serve(
     refs: Annotated[list[str], typer.Argument(help="References of the models.", show_default=False)],
     host: Annotated[str, typer.Option("--host", help="Where to listen; only loopback without keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="The port.")] = 8000,
-    replicas: Annotated[int, typer.Option("--replicas", help="Copies of the server, one CPU each.")] = 1,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", help="Copies of the server, one CPU each; 1 by default.")
+    ] = None,
     keys_file: Annotated[Path | None, typer.Option("--keys-file", help="API keys, one a line.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML of further settings: limits, batch.")] = None,
     as_json: AsJson = False,

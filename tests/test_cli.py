@@ -224,6 +224,19 @@ def test_every_command_is_in_the_readme(path: tuple[str, ...]) -> None:
     assert f"claydist {' '.join(path)}" in text
 
 
+@pytest.mark.parametrize(("given", "replicas"), [([], None), (["--replicas", "3"], 3)])
+def test_serve_leaves_replicas_to_its_config_unless_given(
+    given: list[str], replicas: int | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from claydist.serving import run as serving
+
+    (tmp_path / "serve.yaml").write_text("replicas: 2\n")
+    monkeypatch.setattr(serving, "serve", lambda refs, **given: {"models": refs, **given})
+    code, tree, _ = run(["serve", "m", "--config", str(tmp_path / "serve.yaml"), "--json", *given], capfd)
+    assert (code, tree["replicas"], tree["settings"]) == (0, replicas, {"replicas": 2})
+
+
 def test_schema_describes_every_key_and_takes_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     with pytest.raises(SystemExit) as ended:

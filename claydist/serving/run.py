@@ -50,7 +50,7 @@ def serve(
     registry: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    replicas: int = 1,
+    replicas: int | None = None,
     keys_file: str | None = None,
     address: str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -68,7 +68,7 @@ def serve(
     refs : references of models.
     registry : its URL; $CLAYDIST_REGISTRY or ./registry where None.
     host, port : where to listen; without keys only a loopback address is taken.
-    replicas : copies of the server, one CPU each.
+    replicas : copies of the server, one CPU each; what `settings` say, else 1, where None.
     keys_file : API keys, one a line; $CLAYDIST_API_KEYS are taken too.
     address : a cluster to join; the one that is there, else a new one where None.
     settings : further keys of `ServeSpec`, e.g. `{"limits": {"rows": 1000}}`.
@@ -111,7 +111,7 @@ def checked(
     *,
     registry: str | None,
     host: str,
-    replicas: int,
+    replicas: int | None,
     keys_file: str | None,
     settings: Mapping[str, Any] | None = None,
 ) -> ServeSpec:
@@ -121,7 +121,9 @@ def checked(
     ------
     SpecError : for a setting that is wrong, or an open host without keys.
     """
-    tree: dict[str, Any] = {**(settings or {}), "models": list(refs), "replicas": replicas}
+    tree: dict[str, Any] = {**(settings or {}), "models": list(refs)}
+    if replicas is not None:
+        tree["replicas"] = replicas
     tree["registry"] = open_registry(registry, tree.get("registry")).store.url
     if file := keys_file or tree.get("keys_file"):
         tree["keys_file"] = str(Path(file).expanduser().absolute())

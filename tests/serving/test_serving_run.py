@@ -49,6 +49,13 @@ def test_settings_of_the_command_and_the_file_meet(registry: Registry) -> None:
     assert len(caught.value.problems) == 2
 
 
+def test_replicas_of_the_file_hold_until_the_command_gives_some(registry: Registry) -> None:
+    file = {"replicas": 4}
+    assert settings(registry, settings=file, replicas=None).replicas == 4
+    assert settings(registry, settings=file, replicas=2).replicas == 2
+    assert settings(registry, replicas=None).replicas == 1
+
+
 def test_a_taken_port_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
