@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +125,17 @@ class Collective:
         try:
             return collective.allreduce(np.ascontiguousarray(array), op)
         except XGBoostError as e:
-            raise TrainingError(f"rank {self.rank} lost the other workers: {str(e).strip().splitlines()[-1]}") from e
+            raise TrainingError(f"rank {self.rank} lost the other workers: {reason(e)}") from e
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line without time and place: of XGBoost's all reasons, of others the last line."""
+    # XGBoost's: "[time] file:line: text", or lines "- [file:line|time]: text" from the outer to the inner reason.
+    text, frames, _ = str(error).partition("Stack trace:")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    if reasons := [line.partition("]: ")[2].rstrip(".") for line in lines if line.startswith("- [")]:
+        return "; ".join(reasons)
+    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", lines[0 if frames else -1])
 
 
 def _differences(texts: Sequence[str]) -> str:

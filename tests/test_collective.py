@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+import xgboost as xgb
+from ray.train import WorkerGroupError
 
-from claydist.collective import Collective
+from claydist.collective import Collective, reason
 from claydist.errors import ContractError, TrainingError
+from claydist.training.driver import _explain
 from tests.ranks import die, run_ranks
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (0,), (4, 5), (2, 0, 3), (2, 3, 4)]
@@ -163,7 +167,8 @@ def test_a_killed_worker_is_an_error_of_the_other_at_once() -> None:
     found = run_ranks(killed, [1, 1], timeout_s=60)
     assert isinstance(found[1], ProcessLookupError)
     assert isinstance(found[0], TrainingError), found[0]
-    assert "rank 0 lost the other workers" in str(found[0])
+    assert re.search(r"rank 0 lost the other workers: .*failed", str(found[0])), found[0]
+    assert "[bt]" not in str(found[0])
     assert time.monotonic() - began < 30
 
 
@@ -183,3 +188,25 @@ def test_an_error_of_one_rank_reaches_the_others() -> None:
     found = run_ranks(raising, [1, 1])
     assert isinstance(found[0], TrainingError)
     assert isinstance(found[1], ValueError)
+
+
+def test_the_reason_of_an_error_is_one_line_without_stack_frames_time_or_place() -> None:
+    with pytest.raises(xgb.core.XGBoostError, match="Stack trace") as caught:
+        xgb.train({"objective": "count:poisson", "nthread": 1}, xgb.DMatrix(np.zeros((2, 1)), [-1, 0]), 1)
+    assert reason(caught.value) == "label must be non-negative for Poisson/Tweedie regression."
+    lost = """[23:57:02] /xgboost/src/collective/result.cc:83: [coll_c_api.cc:38|23:57:02]:
+
+- [allreduce.cc:135|23:57:02]: Ring Allreduce failed.
+- [poll_utils.h:208|23:57:02]: Poll timeout:1 seconds. Connection timed out
+Stack trace:
+  [bt] (0) /lib/libxgboost.so(+0x2c1a8c) [0x7f49f40c1a8c]
+"""
+    expected = "Ring Allreduce failed; Poll timeout:1 seconds. Connection timed out"
+    assert reason(xgb.core.XGBoostError(lost)) == expected
+    assert reason(OSError("the disk\nis full\n")) == "is full"
+    assert reason(ValueError()) == ""
+    # Ranks that failed alike at another second are one problem.
+    errors = {rank: xgb.core.XGBoostError(lost.replace("23:57:02", f"23:57:0{rank}")) for rank in range(3)}
+    explained = _explain(WorkerGroupError("two", errors))
+    assert isinstance(explained, TrainingError)
+    assert explained.problems == (f"rank 0, 1, 2: XGBoostError: {expected}",)

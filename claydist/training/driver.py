@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from claydist.cluster import prepare_environment
+from claydist.collective import reason
 from claydist.errors import ClaydistError, TrainingError
 from claydist.spec import TrainOptions
 from claydist.training.job import TrainJob
@@ -130,8 +131,7 @@ def _explain(error: BaseException) -> BaseException:
             cause = getattr(failure, "cause", None) or failure
             if isinstance(cause, ClaydistError) and not isinstance(cause, TrainingError):
                 return cause
-            lines = str(cause).strip().splitlines() or [""]
-            ranks.setdefault(f"{type(cause).__name__}: {lines[-1][:300]}", []).append(rank)
+            ranks.setdefault(f"{type(cause).__name__}: {reason(cause)[:300]}", []).append(rank)
         problems = [f"rank {', '.join(map(str, r))}: {text}" for text, r in sorted(ranks.items())]
         return TrainingError("training failed more often than train.max_failures allows; the last failure", problems)
     if isinstance(error, TrainingFailedError):
