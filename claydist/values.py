@@ -21,7 +21,7 @@ from claydist.schema import Column
 
 MISSING_CODE, UNSEEN_CODE = -1.0, -2.0
 
-_INT64 = 2**63
+_INT64, _UINT64 = 2**63, 2**64
 _TIME = re.compile(
     r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?\s?(Z|z|[+-]\d\d:?\d\d)?)?", re.ASCII
 )
@@ -59,8 +59,8 @@ def parse_number(value: Any) -> float:
 
 def parse_integer(value: Any) -> float:
     """A number within 64 bits, NaN for None and NaN; a fraction passes, as it does in a table."""
-    # JSON parsers hand over integers beyond 64 bits as floats; Arrow has no such integers.
-    if value.__class__ in (int, float) and not -_INT64 <= value < _INT64 and value == value:
+    # JSON parsers hand over integers beyond 64 bits as floats; Arrow has no such integers. It has unsigned ones.
+    if value.__class__ in (int, float) and not -_INT64 <= value < _UINT64 and value == value:
         raise Wrong("an integer of 64 bits")
     return parse_number(value)
 
@@ -104,7 +104,10 @@ def _spell_boolean(value: Any) -> str:
 
 def _spell_integer(value: Any) -> str:
     kind = value.__class__
-    if (kind is int or (kind is float and value.is_integer())) and -_INT64 <= value < _INT64:
+    # A table's floats become categories by way of int64, its unsigned integers as they are.
+    if (kind is int and -_INT64 <= value < _UINT64) or (
+        kind is float and value.is_integer() and -_INT64 <= value < _INT64
+    ):
         return str(int(value))
     raise Wrong("an integer of 64 bits or null")
 
@@ -121,16 +124,14 @@ def _time_parser(column: Column) -> Callable[[Any], Any]:
         try:
             return _nanoseconds(match)
         except (ValueError, OverflowError):
-            raise Wrong(f"a time that exists, in the years 1678 to 2261, like {example!r}") from None
+            raise Wrong(f"a time that exists, in the years 1677 to 2262, like {example!r}") from None
 
     return parse
 
 
 def _nanoseconds(match: re.Match[str]) -> int:
-    """Nanoseconds since the epoch (UTC where there is an offset); ValueError where Arrow could not hold them."""
+    """Nanoseconds since the epoch (UTC where there is an offset); ValueError where int64 cannot hold them."""
     moment = datetime.fromisoformat(f"{match[1]}T{match[2] or '00:00'}:{match[3] or '00'}")
-    if not 1678 <= moment.year <= 2261:
-        raise ValueError
     ns = round((moment - _EPOCH) / timedelta(seconds=1)) * 1_000_000_000 + int((match[4] or "0").ljust(9, "0"))
     zone = match[5]
     if zone and zone not in "Zz":
@@ -138,6 +139,8 @@ def _nanoseconds(match: re.Match[str]) -> int:
         if hours > 23 or minutes > 59:
             raise ValueError
         ns -= (hours * 3600 + minutes * 60) * 1_000_000_000 * (-1 if zone[0] == "-" else 1)
+    if not -_INT64 <= ns < _INT64:
+        raise ValueError
     return ns
 
 
@@ -165,8 +168,10 @@ def _plain_values(column: Column, values: pa.ChunkedArray) -> list[Any]:
 
 
 def _time_text(ns: int, zone: str | None) -> str:
-    text = str(np.datetime64(ns, "ns")).rstrip("0").rstrip(".")
-    return (text if len(text) >= 19 else str(np.datetime64(ns // 1_000_000_000, "s"))) + ("Z" if zone else "")
+    # Not by datetime64 of nanoseconds, for which the least int64 is no time at all.
+    seconds, rest = divmod(ns, 1_000_000_000)
+    fraction = f".{rest:09}".rstrip("0") if rest else ""
+    return f"{np.datetime64(seconds, 's')}{fraction}{'Z' if zone else ''}"
 
 
 def shown(value: Any) -> str:

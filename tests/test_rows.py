@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,9 @@ def test_names_come_in_any_order() -> None:
 
 LARGEST = float(np.finfo(np.float32).max)
 numbers = st.none() | st.floats(-LARGEST, LARGEST) | st.integers(-(2**63), 2**63 - 1)
+# What nanoseconds of int64 can hold, in microseconds.
+LIMITS, DAY = (datetime(1677, 9, 21, 0, 12, 43, 145225), datetime(2262, 4, 11, 23, 47, 16, 854775)), timedelta(days=1)
+UNSIGNED = ("u", "v")
 values: dict[str, st.SearchStrategy[Any]] = {
     "n": numbers,
     "f": st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -73,9 +76,12 @@ values: dict[str, st.SearchStrategy[Any]] = {
     "b": st.none() | st.booleans(),
     "c": st.none() | st.sampled_from(["a", "b", "ü", "日本"]) | st.text(max_size=5),
     "k": st.none() | st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1),
-    "t": st.none() | st.datetimes(datetime(1678, 1, 1), datetime(2261, 12, 31)),
-    "z": st.none() | st.datetimes(datetime(1678, 1, 2), datetime(2261, 12, 30), timezones=st.just(UTC)),
-    "d": st.none() | st.dates(date(1678, 1, 1), date(2261, 12, 31)),
+    "u": st.none() | st.integers(0, 2**64 - 1),
+    "v": st.none() | st.integers(2**63 - 2, 2**63 + 2) | st.integers(0, 2**64 - 1),
+    "t": st.none() | st.datetimes(*LIMITS),
+    # A day less, for Arrow's local times overflow where UTC just fits.
+    "z": st.none() | st.datetimes(LIMITS[0] + DAY, LIMITS[1] - DAY, timezones=st.just(UTC)),
+    "d": st.none() | st.dates(date(1677, 9, 22), date(2262, 4, 11)),
 }
 MIXED = plan(
     Feature("n", "n", "numeric"),
@@ -84,12 +90,14 @@ MIXED = plan(
     Feature("b", "b", "numeric"),
     Feature("c", "c", "categorical", vocabulary=("a", "b", "ü")),
     Feature("k", "k", "categorical", vocabulary=("-1", "0", "3"), other=True),
+    Feature("u", "u", "numeric"),
+    Feature("v", "v", "categorical", vocabulary=("9223372036854775807", "9223372036854775808", "9223372036854775809")),
     Feature("t", "t", "seconds", origin_ns=1_370_000_000_123_456_789),
     Feature("t.hour", "t", "calendar", part="hour"),
     Feature("z.hour", "z", "calendar", part="hour"),
     Feature("z", "z", "seconds", origin_ns=7),
     Feature("d", "d", "seconds", origin_ns=0),
-    n="float", f="float", i="integer", b="boolean", c="string", k="integer",
+    n="float", f="float", i="integer", b="boolean", c="string", k="integer", u="integer", v="integer",
     t="timestamp", z=("timestamp", "America/New_York"), d="date",
 )  # fmt: skip
 
@@ -103,12 +111,41 @@ def spelled(name: str, value: Any) -> Any:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.fixed_dictionaries(values), min_size=1, max_size=6))
 def test_any_row_is_encoded_as_its_table(rows: list[dict[str, Any]]) -> None:
-    types = {c.name: c.arrow for c in MIXED.schema.columns}
+    types = {c.name: c.arrow for c in MIXED.schema.columns} | dict.fromkeys(UNSIGNED, pa.uint64())
     for row in rows:
         row["n"] = None if row["n"] is None else float(row["n"])
     table = pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()})
     encoder = RowEncoder(MIXED)
     assert_same(encoder, encoder.from_rows([{k: spelled(k, v) for k, v in row.items()} for row in rows]), table)
+    assert_same(encoder, encoder.from_rows(to_plain(table, MIXED)), table)
+
+
+def test_unsigned_integers_are_encoded_as_their_table() -> None:
+    some = plan(Feature("u", "u", "numeric"), Feature("v", "v", "categorical", vocabulary=(str(2**64 - 1),)),
+                u="integer", v="integer")  # fmt: skip
+    numbers = np.array([0, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1025, 2**64 - 1025, 2**64 - 1], np.uint64)
+    table, encoder = pa.table({"u": numbers, "v": numbers}), RowEncoder(some)
+    assert_same(encoder, encoder.from_rows(to_plain(table, some)), table)
+    assert_same(encoder, encoder.from_columns({"u": numbers, "v": numbers}), table)
+    assert_same(encoder, encoder.from_columns({name: numbers.tolist() for name in "uv"}), table)
+
+
+def test_times_are_taken_as_far_as_nanoseconds_go() -> None:
+    times = plan(
+        Feature("t", "t", "seconds"), Feature("t.hour", "t", "calendar", part="hour"), Feature("z", "z", "seconds"),
+        t="timestamp", z=("timestamp", "UTC"),
+    )  # fmt: skip
+    ends = pa.array([-(2**63), -(2**63) + 1, -1, 0, 1, 2**63 - 1, None], pa.int64())
+    table = pa.table({"t": ends.cast(pa.timestamp("ns")), "z": ends.cast(pa.timestamp("ns", "UTC"))})
+    encoder, rows = RowEncoder(times), to_plain(table, times)
+    assert rows[5] == {"t": "2262-04-11T23:47:16.854775807", "z": "2262-04-11T23:47:16.854775807Z"}
+    assert_same(encoder, encoder.from_rows(rows), table)
+    # What counts is the time in UTC, whatever the day where it is said.
+    moved = [{**rows[5], "z": "2262-04-12T01:47:16.854775807+02:00"}]
+    assert_same(encoder, encoder.from_rows(moved), table[5:6])
+    for wrong in ("2262-04-11T23:47:16.854775808Z", "2262-04-11T23:47:16-00:01", "1677-09-21T00:12:43.145224191Z"):
+        with pytest.raises(RowError, match="in the years 1677 to 2262"):
+            encoder.from_rows([{**rows[0], "z": wrong}])
 
 
 def test_zones_and_nanoseconds() -> None:
@@ -147,8 +184,10 @@ def test_missing_and_unseen_are_counted() -> None:
         ({"late": 1}, "late", "expected true, false or null"),
         ({"carrier": 5}, "carrier", "expected text or null"),
         ({"gate": 1.5}, "gate", "an integer"),
-        ({"hour": 2.0**63}, "hour", "64 bits"),
-        ({"hour": 2**63}, "hour", "64 bits"),
+        ({"hour": 2.0**64}, "hour", "64 bits"),
+        ({"hour": -(2**63) - 1}, "hour", "64 bits"),
+        ({"gate": 2**64}, "gate", "64 bits"),
+        ({"hour": 2**64}, "hour", "64 bits"),
         ({"distance": 10**400}, "distance", "up to 3.4e+38"),
         ({"distance": 1e39}, "distance", "up to 3.4e+38"),
         ({"distance": math.inf}, "distance", "up to 3.4e+38"),
@@ -157,7 +196,7 @@ def test_missing_and_unseen_are_counted() -> None:
         ({"departs": "2013-05-01T00:00:00Z"}, "departs", "without a zone"),
         ({"booked": "2013-05-01T00:00:00"}, "booked", "America/New_York"),
         ({"booked": "2013-05-01T00:00:00+99:00"}, "booked", "a time that exists"),
-        ({"departs": "0001-01-01"}, "departs", "1678"),
+        ({"departs": "0001-01-01"}, "departs", "1677"),
         ({"day": "2013-05-01T10:00"}, "day", "a date as text"),
         ({"day": 17}, "day", "a date as text"),
     ],
