@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -12,9 +13,13 @@ from pathlib import Path
 from claydist.errors import SpecError
 from claydist.serving.refusals import Refusal
 
+logger = logging.getLogger("claydist.serving")
+
 ENVIRONMENT = "CLAYDIST_API_KEYS"
 _LEAST_CHARACTERS = 8
 _LOOK_S = 1.0
+
+Stamp = tuple[int, ...]
 
 
 class KeyRing:
@@ -23,24 +28,26 @@ class KeyRing:
     Parameters
     ----------
     fixed : keys from the environment.
-    file : one key a line, `#` begins a comment; read again when it changes, at most once a second.
+    file : one key a line, `#` begins a comment; read again when it changes, at most once a second. A line that cannot
+        be a key is logged and left out; a file without any key takes none away from those at work.
     per_s : requests a second of one key (burst of the same size); None for any number.
 
     Raises
     ------
-    SpecError : when the file cannot be read, holds no key, or a key is too short.
+    SpecError : when the file cannot be read or holds no key, or a key from the environment is too short.
     """
 
     def __init__(self, fixed: Sequence[str] = (), file: str | None = None, per_s: float | None = None) -> None:
-        self._fixed = [_digest(key) for key in _checked(fixed, f"${ENVIRONMENT}")]
+        self._fixed = [_digest(key.encode()) for key in _checked(fixed)]
         self._file = Path(file).expanduser() if file else None
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: Stamp = ()
+        self._refused: Stamp | None = None
         self._looked = 0.0
         self._digests: list[bytes] = self._fixed
         self._per_s = per_s
         self._buckets: dict[bytes, tuple[float, float]] = {}
         if self._file is not None:
-            self._read_file()
+            self._read_file(self._file)
 
     @classmethod
     def open(cls, file: str | None, per_s: float | None = None) -> KeyRing:
@@ -90,35 +97,62 @@ class KeyRing:
         if self._file is None or now - self._looked < _LOOK_S:
             return
         self._looked = now
+        stamp = _stamp(self._file)
         try:
-            status = self._file.stat()
-            if (status.st_mtime_ns, status.st_ino) != self._stamp:
-                self._read_file()
-        except (OSError, SpecError):
+            if stamp != self._stamp:
+                self._read_file(self._file)
+            self._refused = None
+        except SpecError as e:
             # A file that is being replaced, or was emptied by mistake, takes no key away from those at work.
-            return
+            if stamp != self._refused:
+                logger.error("%s; the keys that were read before stay", e)
+            self._refused = stamp
 
-    def _read_file(self) -> None:
-        assert self._file is not None
+    def _read_file(self, file: Path) -> None:
+        stamp = _stamp(file)
         try:
-            status = self._file.stat()
-            lines = self._file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise SpecError(f"keys_file: cannot read {self._file}: {e}; write one key a line") from None
-        keys = [text for line in lines if (text := line.partition("#")[0].strip())]
-        if not keys:
-            raise SpecError(f"keys_file: expected a key a line in {self._file}, found none")
-        self._digests = [*self._fixed, *(_digest(key) for key in _checked(keys, str(self._file)))]
-        self._stamp = (status.st_mtime_ns, status.st_ino)
+            lines = file.read_bytes().splitlines()
+        except OSError as e:
+            raise SpecError(f"keys_file: cannot read {file}: {e}; write one key a line") from None
+        keys = {n: key for n, line in enumerate(lines, 1) if (key := line.partition(b"#")[0].strip())}
+        wrong = {n: text for n, key in keys.items() if (text := _problem(key))}
+        found = ", ".join(f"line {n} {text}" for n, text in wrong.items()) or "none"
+        good = [key for n, key in keys.items() if n not in wrong]
+        if not good:
+            raise SpecError(f"keys_file: expected a key a line in {file}, found {found}")
+        if wrong:
+            # The other lines count: whoever takes a leaked key out must not keep it by a mistake elsewhere.
+            logger.error("keys_file: left out of %s: %s", file, found)
+        self._digests = [*self._fixed, *map(_digest, good)]
+        self._stamp = stamp
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _stamp(file: Path) -> Stamp:
+    """What changes when the file does; empty where it cannot be looked at."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    # The size too, for a file is emptied and written within one tick of the clock.
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
-def _checked(keys: Sequence[str], where: str) -> Sequence[str]:
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _problem(key: bytes) -> str:
+    """Why these bytes cannot be a key; empty where they can."""
+    try:
+        short = len(key.decode()) < _LEAST_CHARACTERS
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    return f"has less than {_LEAST_CHARACTERS} characters" if short else ""
+
+
+def _checked(keys: Sequence[str]) -> Sequence[str]:
     if short := [i for i, key in enumerate(keys) if len(key) < _LEAST_CHARACTERS]:
         raise SpecError(
-            f"keys in {where}: expected {_LEAST_CHARACTERS} characters or more, key {short[0] + 1} is shorter"
+            f"keys in ${ENVIRONMENT}: expected {_LEAST_CHARACTERS} characters or more, key {short[0] + 1} is shorter"
         )
     return keys
