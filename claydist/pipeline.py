@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import gettempdir
@@ -21,7 +21,7 @@ from claydist.bundle import golden_rows, read_bundle, write_bundle
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
 from claydist.display import Display
-from claydist.errors import ClaydistError, RegistryError, TrainingError
+from claydist.errors import ClaydistError, DataError, RegistryError, TrainingError
 from claydist.evaluate import Evaluation, EvaluationPlan, evaluate
 from claydist.memory import check_memory
 from claydist.models import LinearModel, Model, XGBoostModel
@@ -116,7 +116,8 @@ def train(
             predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
             with clock.stage("evaluation"):
                 evaluations = {
-                    name: _evaluate(predictor, prepared, spec, name, cache_dir) for name in prepared.judged_parts
+                    name: evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir))
+                    for name in prepared.judged_parts
                 }
                 goals = _judge(spec, evaluations)
                 champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
@@ -188,14 +189,15 @@ def _model(result: TrainResult, spec: TrainSpec, prepared: Prepared) -> Model:
     return LinearModel.from_arrays(raw)
 
 
-def _evaluate(predictor: Predictor, prepared: Prepared, spec: TrainSpec, name: str, cache_dir: str) -> Evaluation:
+def _evaluation_plan(
+    predictor: Predictor, prepared: Prepared, spec: TrainSpec, name: str, cache_dir: str
+) -> EvaluationPlan:
     slices = list(dict.fromkeys([*spec.slices, *(goal.slice for goal in spec.goals if goal.slice)]))
     depths = sorted({int(g.metric.partition("@")[2]) for g in spec.goals if "@" in g.metric})
-    plan = EvaluationPlan(
+    return EvaluationPlan(
         predictor, prepared.parts[name], weight=spec.data.weight, group=spec.data.group, slices=tuple(slices),
         depths=tuple(depths), prior=prepared.prior, profile=spec.data, cache_dir=cache_dir,
     )  # fmt: skip
-    return evaluate(plan)
 
 
 def _judge(spec: TrainSpec, evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
@@ -238,12 +240,16 @@ def _judge_champion(
     try:
         predictor = read_bundle(registry.version_store(spec.name, version)).predictor
         theirs, ours = predictor.target, prepared.target
-        if (theirs.task, theirs.column, theirs.above) != (ours.task, ours.column, ours.above):
+        is_other = (theirs.task, theirs.column, theirs.above) != (ours.task, ours.column, ours.above)
+        if is_other or theirs.quantiles != ours.quantiles or (ours.task == "binary" and theirs.classes != ours.classes):
             return Champion(version, objection="the champion predicts another label; promote by hand if it shall go")
-        metric = deciding_metric(spec.goals, ours.task)
-        return Champion(version, _evaluate(predictor, prepared, spec, "test", cache_dir).metrics.get(metric))
-    except ClaydistError:
+        # The constant model and the profile are the candidate's: they need not fit the champion's classes and columns.
+        plan = replace(_evaluation_plan(predictor, prepared, spec, "test", cache_dir), prior=None, profile=None)
+        return Champion(version, evaluate(plan).metrics.get(deciding_metric(spec.goals, ours.task)))
+    except DataError:
         return Champion(version)  # trained on other columns, say: it cannot stand in the way
+    except ClaydistError as e:
+        return Champion(version, objection=f"the champion could not be judged: {e}; compare and promote by hand")
 
 
 def _register(

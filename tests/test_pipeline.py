@@ -22,6 +22,7 @@ from claydist import pipeline
 from claydist.bundle import check_golden, read_manifest
 from claydist.cli import main
 from claydist.display import Silent
+from claydist.errors import StorageError
 from claydist.models import LinearModel, XGBoostModel
 from claydist.preparation import open_tables, prepare
 from claydist.registry import open_registry
@@ -317,3 +318,31 @@ def test_a_linear_model_says_its_coefficients_in_the_bundle(parcels: dict[str, A
     assert isinstance(model, LinearModel)
     names = {row["feature"] for row in model.importance(trained.predictor.plan)}
     assert {f"city={city}" for city in CITIES} | {"km", "kg", "express", "sent", "(intercept)"} == names
+
+
+def test_a_champion_that_cannot_be_read_is_not_replaced(
+    parcels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _train(parcels).summary["promoted"]
+
+    def refuse(_: Any) -> Any:
+        raise StorageError("cannot read: timed out")
+
+    monkeypatch.setattr(pipeline, "read_bundle", refuse)
+    second = _train(parcels)
+    assert not second.summary["promoted"]
+    assert "could not be judged: cannot read: timed out" in second.why
+
+
+def test_a_champion_that_knows_more_classes_is_judged_all_the_same(parcels: dict[str, Any]) -> None:
+    data = {**parcels["data"], "label": "city", "where": "city is not null"}
+    goals = [{"metric": "logloss", "at_most": 100}]
+    model = {**parcels["model"], "rounds": 1}
+    first = _train({**parcels, "data": data, "model": model, "goals": goals})
+    assert first.summary["task"] == "multiclass"
+    gone = first.predictor.target.classes[-1]
+    data["where"] = f"city is not null and city != '{gone}'"
+    bad = {**model, "rounds": 20, "params": {"eta": 1.0}}  # there is nothing to learn: the more rounds the worse
+    second = _train({**parcels, "data": data, "model": bad, "goals": goals})
+    assert not second.summary["promoted"], second.why
+    assert "the champion is better: logloss" in second.why

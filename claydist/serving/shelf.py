@@ -131,7 +131,7 @@ class Shelf:
 
     Raises
     ------
-    ClaydistError : when a reference cannot be loaded now.
+    ClaydistError : when a reference cannot be loaded now, or two mean different bundles of one name and version.
     """
 
     def __init__(self, refs: Sequence[str], registry: Registry, *, poll_s: float = 3.0) -> None:
@@ -139,13 +139,20 @@ class Shelf:
         self._poll_s = poll_s
         self.on_swap: Callable[[Served], None] = lambda served: None
         self._task: asyncio.Task[None] | None = None
-        self.slots = [Slot(parse_ref(text), text, self._load(parse_ref(text))) for text in refs]
-        seen: dict[tuple[str, str], str] = {}
+        self.slots: list[Slot] = []
+        for text in refs:
+            ref = parse_ref(text)
+            self.slots.append(Slot(ref, text, self._load(ref)))
+        first: dict[tuple[str, str], Slot] = {}
         for slot in self.slots:
-            key = (slot.current.name, slot.current.version)
-            if other := seen.get(key):
-                raise SpecError(f"models: {other!r} and {slot.text!r} are the same version now; give one of them")
-            seen[key] = slot.text
+            other = first.setdefault((slot.current.name, slot.current.version), slot)
+            if other.current.digest != slot.current.digest:
+                raise SpecError(
+                    f"models: {other.text!r} and {slot.text!r} are different bundles of the same name and version; "
+                    f"give one of them"
+                )
+            # An alias may come to another's version at any time; one object answers for both.
+            slot.current = other.current
 
     @property
     def served(self) -> list[Served]:
@@ -228,9 +235,15 @@ class Shelf:
         version = self._registry.alias_version(slot.ref.name, slot.ref.alias)
         if version is None or str(version) == slot.current.version:
             return None
-        if slot.previous is not None and slot.previous.version == str(version):
-            return slot.previous
-        return self._load(slot.ref)
+        if found := self._here(slot.ref.name, version):
+            return found
+        return self._load(Ref(slot.ref.name, version=version))
+
+    def _here(self, name: str, version: int) -> Served | None:
+        """A version of the registry that is loaded already, in front or kept warm, for whichever reference."""
+        slots = [slot for slot in self.slots if slot.ref.url is None]
+        loaded = [slot.current for slot in slots] + [slot.previous for slot in slots if slot.previous]
+        return next((s for s in loaded if s.name == name and s.version == str(version)), None)
 
     def _load(self, ref: Ref) -> Served:
         if ref.url is not None:
@@ -239,4 +252,6 @@ class Shelf:
             version = bundle.manifest.get("version")
             return make_served(name, version if isinstance(version, int) else None, bundle)
         found = self._registry.resolve(ref)
+        if found.version is not None and (here := self._here(found.name, found.version)):
+            return here
         return make_served(found.name, found.version, read_bundle(found.store))

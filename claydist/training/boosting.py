@@ -36,6 +36,7 @@ T = TypeVar("T")
 FIRST_SEGMENT = 25
 SAMPLED_ROWS = 200_000
 SAMPLED_GROUPS = 16
+SAMPLED_SHARE = 10
 # The metric of the training rows is for the eye: beyond so many rows only every 25th round is looked at.
 TRAIN_METRIC_ROWS = 200_000
 TRAIN_METRIC_EVERY = 25
@@ -180,27 +181,39 @@ def _as_input(plan: FeaturePlan, batch: Batch) -> dict[str, Any]:
     return {**given, "feature_names": position_names(plan), "feature_types": plan.kinds}
 
 
-def sampled_inputs(shard: Shard, n_sample: int) -> Iterator[dict[str, Any]]:
-    """About `n_sample` of the shard's rows, evenly spread, as `shard_inputs`, without offsets.
+def sampled_inputs(shard: Shard, n_sample: int) -> list[dict[str, Any]]:
+    """About `n_sample` of the shard's rows, evenly spread, as `shard_inputs`, without offsets, and one row of codes.
 
-    Of many row groups only about SAMPLED_GROUPS are read, evenly spread too. The same rows for the same job.
+    Of many row groups only some are read, evenly spread too, unless these know nothing of a column. The last row holds
+    the largest code of every category: XGBoost 3.2 takes a code beyond those it made its cuts from for the last one.
+    The same rows for the same job.
     """
-    job = shard.job
-    rng = np.random.default_rng((job.seed, 1))
-    every = max(1, len(shard.rows.pieces) // SAMPLED_GROUPS)
-    pieces = shard.rows.pieces[int(rng.integers(every)) :: every]
+    pieces, job = shard.rows.pieces, shard.job
+    n_groups = max(SAMPLED_GROUPS, SAMPLED_SHARE * n_sample * len(pieces) // max(1, shard.n_rows))
+    every = max(1, len(pieces) // n_groups)
+    sample = list(_every(shard, every, n_sample))
+    if every > 1 and np.all([np.isnan(part["data"]).all(axis=0) for part in sample], axis=0).any():
+        sample = list(_every(shard, 1, n_sample))
+    codes = tuple(
+        np.array([f.n_codes - 1], np.int32) if f.kind == "categorical" else np.full(1, np.nan)
+        for f in job.plan.features
+    )
+    w = np.zeros(1) if job.roles.weight else None
+    return [*sample, _as_input(job.plan, Batch(Encoded(1, codes), np.zeros(1), w, None))]
+
+
+def _every(shard: Shard, step_groups: int, n_sample: int) -> Iterator[dict[str, Any]]:
+    """About so many rows of one row group in so many."""
+    rng = np.random.default_rng((shard.job.seed, 1))
+    pieces = shard.rows.pieces[int(rng.integers(step_groups)) :: step_groups]
     some = replace(shard, rows=ShardRows(pieces, sum(piece.stop - piece.start for piece in pieces)))
     step = max(1, some.n_rows // n_sample)
-    n_seen = 0
     for batch in some.batches():
         at = np.arange(int(rng.integers(step)), batch.encoded.n_rows, step)
         if len(at):
             columns = tuple(column[at] for column in batch.encoded.columns)
             w = None if batch.w is None else batch.w[at]
-            n_seen += len(at)
-            yield _as_input(job.plan, Batch(Encoded(len(at), columns), batch.y[at], w, None))
-    if not n_seen:
-        yield _as_input(job.plan, replace(shard.empty(), offset=None))
+            yield _as_input(shard.job.plan, Batch(Encoded(len(at), columns), batch.y[at], w, None))
 
 
 def boost(job: TrainJob, collective: Collective, reporter: Reporter) -> dict[str, Any]:
@@ -301,7 +314,8 @@ def _sample_matrix(job: TrainJob, rank: int) -> xgb.QuantileDMatrix:
     if job.roles.group:
         raise SpecError("model.binning 'sample' cannot sample whole queries; use 'exact' for a ranking")
     n_sample = max(1, SAMPLED_ROWS * shard.n_rows // job.parts["train"].n_rows)
-    return _quantile_matrix(job, ShardIter(partial(sampled_inputs, shard, n_sample), keep=True), None)
+    sample = sampled_inputs(shard, n_sample)
+    return _quantile_matrix(job, ShardIter(lambda: iter(sample), keep=True), None)
 
 
 def _quantile_matrix(job: TrainJob, rows: ShardIter, cuts: xgb.QuantileDMatrix | None) -> xgb.QuantileDMatrix:

@@ -9,9 +9,10 @@ import pytest
 from asking import ask, client
 from serving_models import boosted, register
 
-from claydist.bundle import MANIFEST
+from claydist.bundle import MANIFEST, read_bundle
 from claydist.errors import BundleError, RegistryError, SpecError
 from claydist.registry import Registry, load, open_registry
+from claydist.serving import shelf as module
 from claydist.serving.application import Application
 from claydist.serving.keys import KeyRing
 from claydist.serving.refusals import Refusal
@@ -66,8 +67,38 @@ def test_what_is_not_there_stops_the_start(moving: Registry, tmp_path: Path) -> 
     ):
         with pytest.raises(error):
             Shelf([ref], moving)
-    with pytest.raises(SpecError, match="same version"):
-        Shelf(["m", "m:1"], moving)
+
+
+def test_references_that_meet_share_one_model(moving: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving.promote("m", 2, "shadow")
+    shelf = Shelf(["m", "m@shadow"], moving)
+    monkeypatch.setattr(module, "read_bundle", None)  # nothing is read twice
+    moving.promote("m", 2)
+    assert asyncio.run(shelf.refresh()) == ["m"]
+    assert shelf.slots[0].current is shelf.slots[1].current is shelf.find("m", "2")
+    assert shelf.versions("m") == ["1", "2"]
+    monkeypatch.undo()
+    # As a replica that starts later sees it.
+    reads: list[Any] = []
+    monkeypatch.setattr(module, "read_bundle", lambda store: reads.append(store) or read_bundle(store))
+    later = Shelf(["m", "m@shadow", "m:2"], moving)
+    assert len(reads) == 1
+    assert [(s.name, s.version) for s in later.served] == [("m", "2")]
+    url = moving.version_store("m", 2).url
+    again = Shelf(["m", url], moving)
+    assert again.slots[0].current is again.slots[1].current
+    moving.promote("m", 1, "shadow")
+    assert asyncio.run(later.refresh()) == ["m@shadow"]
+    assert [slot.current.version for slot in later.slots] == ["2", "1", "2"]
+
+
+def test_different_bundles_of_one_name_and_version_are_refused(
+    moving: Registry, tmp_path: Path, table: pa.Table
+) -> None:
+    staging = open_registry(str(tmp_path / "staging"))
+    register(staging, "m", boosted(table, rounds=4), table)
+    with pytest.raises(SpecError, match="different bundles of the same name and version"):
+        Shelf(["m", staging.version_store("m", 1).url], moving)
 
 
 def test_versions_and_urls_do_not_move(moving: Registry) -> None:

@@ -24,6 +24,7 @@ from claydist.schema import Schema, column_of, decide_roles
 from claydist.spec import TrainSpec, XGBoostSpec
 from claydist.specfile import load_spec
 from claydist.storage import open_store
+from claydist.training import boosting
 from claydist.training.boosting import boost, sampled_inputs
 from claydist.training.checkpoints import find_checkpoint
 from claydist.training.job import ShardRows, TrainJob, plan_part
@@ -294,13 +295,14 @@ def test_a_sample_is_spread_over_the_row_groups(tmp_path: Path) -> None:
     job = make_job(tmp_path, [rows(i) for i in range(8)], 1, rounds=1, binning="sample")
     shard = job.shard("train", 0)
     assert len(shard.rows.pieces) == 48
-    sample = list(sampled_inputs(shard, 400))
+    *sample, codes = sampled_inputs(shard, 400)
     X = np.concatenate([part["data"] for part in sample])
     assert 350 <= len(X) <= 450
+    np.testing.assert_array_equal(codes["data"], [[np.nan, np.nan, 3]])
     whole = np.concatenate([job.plan.tree_matrix(batch.encoded) for batch in shard.batches()])
     assert {row.tobytes() for row in X} <= {row.tobytes() for row in whole}
     assert np.nanmedian(X[:, 0]) == pytest.approx(np.nanmedian(whole[:, 0]), abs=5)
-    again = np.concatenate([part["data"] for part in sampled_inputs(shard, 400)])
+    again = np.concatenate([part["data"] for part in sampled_inputs(shard, 400)[:-1]])
     np.testing.assert_array_equal(X, again)
 
 
@@ -311,3 +313,29 @@ def test_sampled_cuts_with_a_rank_without_rows(tmp_path: Path) -> None:
     one = train(Collective(), replace(job, n_workers=1, run=open_store(str(tmp_path / "one"))))
     test = rows(5)
     np.testing.assert_allclose(predictions(found[0], test, job), predictions(one, test, job), atol=1e-5)
+
+
+def test_sampled_cuts_know_categories_that_the_sample_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row groups follow the city, of which the sample sees one in four; the label depends on the last ones."""
+    cities, rng = np.repeat(np.arange(64), 150), np.random.default_rng(0)
+    table = pa.table({
+        "a": rng.normal(size=len(cities)), "city": [f"city {i:02}" for i in cities],
+        "y": ((cities >= 61) ^ (rng.random(len(cities)) < 0.05)).astype(np.int64),
+    })  # fmt: skip
+    monkeypatch.setattr(boosting, "SAMPLED_ROWS", 100)
+    job = make_job(tmp_path, [table], 1, rounds=10, params={"max_depth": 3, "eta": 1.0}, binning="sample", seed=5)
+    known = np.concatenate([part["data"] for part in sampled_inputs(job.shard("train", 0), 100)[:-1]])
+    assert known[:, 1].max() == 60
+    found = train(Collective(), job)
+    assert found["history"]["train"][-1] == pytest.approx(logloss(found, table, job), rel=1e-4)
+    assert logloss(found, table, job) < 0.25
+
+
+def test_a_column_that_the_sampled_row_groups_do_not_have_is_read_everywhere(tmp_path: Path) -> None:
+    files = [rows(i) for i in range(8)]
+    late = pa.array([None] * (N - 20) + [1.0] * 20)
+    tables = [t.append_column("late", late if i == 4 else pa.nulls(N, pa.float64())) for i, t in enumerate(files)]
+    job = make_job(tmp_path, tables, 1, rounds=1, binning="sample")
+    at = job.plan.names.index("late")
+    X = np.concatenate([part["data"] for part in sampled_inputs(job.shard("train", 0), 3000)])
+    assert np.nanmax(X[:, at]) == 1.0
