@@ -30,6 +30,7 @@ from claydist.values import to_plain
 logger = logging.getLogger("claydist.serving")
 
 _WARM_ROWS = 512
+_LONGEST_WAIT_S = 300.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +106,29 @@ def _golden_table(bundle: Bundle) -> pa.Table:
         return stream.read_all()
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A version that could not be loaded, how long to leave it alone, and until when (time.monotonic)."""
+
+    version: int
+    wait_s: float
+    until: float
+
+
+class _NotYet(Exception):
+    """A version that failed is not tried again yet."""
+
+
 @dataclass(eq=False)
 class Slot:
-    """One reference, the version it is at, and the one it was at before."""
+    """One reference, the version it is at, the one it was at before, and the one it should be at and cannot."""
 
     ref: Ref
     text: str
     current: Served
     previous: Served | None = None
     error: str = ""
+    failure: Failure | None = None
 
 
 class Shelf:
@@ -200,10 +215,12 @@ class Shelf:
         for slot in self.slots:
             try:
                 new = await asyncio.to_thread(self._moved, slot)
+            except _NotYet:
+                continue
             except ClaydistError as e:
                 self._keep_old(slot, e)
                 continue
-            slot.error = ""
+            slot.error, slot.failure = "", None
             if new is not None:
                 self._swap(slot, new)
                 moved.append(slot.text)
@@ -237,7 +254,16 @@ class Shelf:
             return None
         if found := self._here(slot.ref.name, version):
             return found
-        return self._load(Ref(slot.ref.name, version=version))
+        last = slot.failure if slot.failure and slot.failure.version == version else None
+        if last and time.monotonic() < last.until:
+            raise _NotYet
+        try:
+            return self._load(Ref(slot.ref.name, version=version))
+        except Exception:
+            # What is damaged stays so, mostly: it must not be read again and again, by every replica at once.
+            wait_s = min(last.wait_s * 2 if last else self._poll_s, _LONGEST_WAIT_S)
+            slot.failure = Failure(version, wait_s, time.monotonic() + wait_s)
+            raise
 
     def _here(self, name: str, version: int) -> Served | None:
         """A version of the registry that is loaded already, in front or kept warm, for whichever reference."""

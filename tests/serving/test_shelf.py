@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from asking import ask, client
-from serving_models import boosted, register
+from serving_models import DATA, boosted, register
 
 from claydist.bundle import MANIFEST, read_bundle
 from claydist.errors import BundleError, RegistryError, SpecError
@@ -99,6 +101,57 @@ def test_different_bundles_of_one_name_and_version_are_refused(
     register(staging, "m", boosted(table, rounds=4), table)
     with pytest.raises(SpecError, match="different bundles of the same name and version"):
         Shelf(["m", staging.version_store("m", 1).url], moving)
+
+
+def test_a_version_that_fails_is_tried_ever_more_seldom(moving: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(["m"], moving, poll_s=100)
+    slot, reads = shelf.slots[0], []
+
+    def fails(store: Any) -> Any:
+        reads.append(store.name)
+        raise BundleError("damaged")
+
+    def refresh(*, wait_is_over: bool) -> float:
+        if wait_is_over:
+            assert slot.failure is not None
+            slot.failure = replace(slot.failure, until=0.0)
+        assert asyncio.run(shelf.refresh()) == []
+        assert slot.error == "damaged"
+        assert slot.failure is not None
+        return slot.failure.wait_s
+
+    monkeypatch.setattr(module, "read_bundle", fails)
+    moving.promote("m", 2)
+    assert [refresh(wait_is_over=False) for _ in range(4)] == [100] * 4
+    assert reads == ["2"]
+    assert [refresh(wait_is_over=True) for _ in range(3)] == [200, 300, 300]
+    assert reads == ["2"] * 4
+    # Back, and there again: somebody has looked at it in between.
+    moving.rollback("m")
+    assert asyncio.run(shelf.refresh()) == []
+    assert (slot.error, slot.failure) == ("", None)
+    moving.promote("m", 2)
+    assert refresh(wait_is_over=False) == 100
+    assert reads == ["2"] * 5
+    monkeypatch.undo()
+    slot.failure = replace(slot.failure, until=0.0) if slot.failure else None
+    assert asyncio.run(shelf.refresh()) == ["m"]
+    assert (slot.error, slot.failure) == ("", None)
+
+
+def test_the_ends_of_64_bits_are_served_as_their_table(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ns = np.r_[np.iinfo(np.int64).min, np.iinfo(np.int64).max, rng.integers(-(2**63), 2**63 - 1, 198)]
+    large = np.r_[np.uint64(2**63), np.uint64(2**64 - 1), rng.integers(2**63 - 9, 2**64 - 1, 198, np.uint64)]
+    rows = pa.table({"distance": rng.random(200) * 3000, "large": large, "departs": pa.array(ns, pa.timestamp("ns"))})
+    registry = open_registry(str(tmp_path / "registry"))
+    data = DATA.model_copy(update={"types": {}, "calendar": {}})
+    register(registry, "ends", boosted(rows, data=data), rows)
+    app = Application(ServeSpec(models=("ends",), access_log=False), Shelf(["ends"], registry), KeyRing())
+    predictor = app.shelf.find("ends").predictor
+    answer = ask(app, "POST", "/predict/ends", json={"rows": to_plain(rows, predictor.plan)})
+    assert answer.json()["predictions"] == predictor.predict(rows).to_pylist()
+    assert ask(app, "GET", "/openapi.json").status_code == 200
 
 
 def test_versions_and_urls_do_not_move(moving: Registry) -> None:
