@@ -16,6 +16,19 @@ from claydist.profile import MAX_LABEL_VALUES, ColumnSums
 from claydist.schema import NUMERIC, Column, type_of
 from claydist.spec import DataSpec, TrainSpec, XGBoostSpec
 
+# XGBoost's labels are float32: what is nearer to an open end may be rounded to it.
+_ABOVE_0, _ABOVE_MINUS_1 = (float(np.nextafter(np.float32(end), np.float32(1))) for end in (0, -1))
+BOUNDS = {
+    "count:poisson": (0.0, np.inf, "labels of 0 or more"),
+    "poisson": (0.0, np.inf, "labels of 0 or more"),
+    "reg:tweedie": (0.0, np.inf, "labels of 0 or more"),
+    "reg:gamma": (_ABOVE_0, np.inf, "labels above 0"),
+    "reg:squaredlogerror": (_ABOVE_MINUS_1, np.inf, "labels above -1"),
+    "reg:logistic": (0.0, 1.0, "labels from 0 to 1"),
+    "relevance": (0.0, 31.0, "grades from 0 to 31"),
+}
+"""By XGBoost's objective, or the loss of a linear model: the least and the greatest label it takes, and in words."""
+
 _CLASSES = ("integer", "float", "boolean", "string")
 
 
@@ -115,6 +128,22 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
     """The column as one array without a dictionary."""
     plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
     return pa.concat_arrays(plain.chunks) if plain.num_chunks else pa.array([], plain.type)
+
+
+def check_bounds(objective: str | None, target: Target, sums: ColumnSums) -> None:
+    """Pass when the objective takes all labels; else it would only be found out on the workers.
+
+    Raises
+    ------
+    DataError : with the column, the objective, what it takes, and the label that is furthest out.
+    """
+    low, high, words = BOUNDS.get(objective or "", (-np.inf, np.inf, ""))
+    outside = [value for value in (sums.minimum, sums.maximum) if value is not None and not low <= value <= high]
+    if outside:
+        raise DataError(
+            f"label column {target.column!r} has the value {outside[0]!r}, and {objective} takes {words}; "
+            f"change the label or the objective, or leave the rows out with data.where"
+        )
 
 
 def prior(target: Target, numbers: ColumnSums, weights: Mapping[Any, float]) -> list[float]:

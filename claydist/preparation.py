@@ -19,7 +19,7 @@ from claydist.dataset.statistics import Part, PassPlan, PassSums, part_of, summa
 from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
-from claydist.labels import decide_target, prior
+from claydist.labels import check_bounds, decide_target, prior
 from claydist.metrics import TASK_METRICS
 from claydist.models.boosted import ONE_WORKER_OBJECTIVES, booster_params
 from claydist.predictor import Target
@@ -279,12 +279,11 @@ def _check_target(spec: TrainSpec, target: Target, labels: ColumnSums) -> None:
         )
     if spec.data.offset and (target.task == "multiclass" or len(target.quantiles) > 1):
         raise SpecError(f"data.offset: a model of several outputs ({target.task}) takes no offset; leave it out")
-    values = [v for v in labels.counts or () if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    if target.task == "ranking" and values and (min(values) < 0 or max(values) > 31):
-        raise DataError(
-            f"label column {target.column!r} runs from {min(values)} to {max(values)}; relevance must be 0 to 31: "
-            f"make it grades"
-        )
+    if target.task == "ranking":
+        check_bounds("relevance", target, labels)
+    elif target.task == "regression":
+        model = spec.model
+        check_bounds(model.objective if isinstance(model, XGBoostSpec) else model.loss, target, labels)
 
 
 def plan_workers(spec: TrainSpec) -> cluster.Layout:

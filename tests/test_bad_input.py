@@ -235,7 +235,17 @@ BAD = [
     Bad("a loss that does not fit", put(model={"kind": "linear", "loss": "poisson"}), "SpecError", "poisson", 2),
     Bad("poisson with negative labels", everywhere(
         values("hours", lambda c: [-1.0 - i for i, _ in enumerate(c)]), data__label="hours",
-        model={"kind": "linear", "loss": "poisson"}), "DataError", "label"),
+        model={"kind": "linear", "loss": "poisson"}), "DataError", "'hours' has the value -100.0, and poisson takes"),
+    Bad("an objective with a negative label in one row", rewrite(
+        values("parcels", first(-3)), data__label="parcels", data__drop=["row", "w", "late", "hours"],
+        model__objective="count:poisson"), "DataError", "'parcels' has the value -3.0, and count:poisson takes"),
+    Bad("an objective with a label too large in the test table", lambda tree, folder: (
+        everywhere(values("hours", lambda c: [i / 100 for i, _ in enumerate(c)]), data__label="hours",
+                   data__drop=["row", "w", "late", "parcels"], model__objective="reg:logistic")(tree, folder),
+        separate_table(values("hours", lambda c: [1.5] * len(c))(GOOD))(tree, folder))[0],
+        "DataError", "'hours' has the value 1.5, and reg:logistic takes labels from 0 to 1"),
+    Bad("relevance that is no grade", put(data__label="hours", data__group="row", data__drop=["w", "late", "parcels"]),
+        "DataError", r"'hours' has the value .*, and relevance takes grades from 0 to 31"),
     Bad("a category of fractions", put(data__types={"km": "category"}), "DataError", "'km'"),
     Bad("a Delta table", delta_table, "DataError", "Delta"),
     Bad("64 workers", put(train__workers=64), "ClusterError",

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import xgboost as xgb
 
 from claydist.errors import DataError, SpecError
-from claydist.labels import decide_target, label_values, prior
+from claydist.labels import BOUNDS, check_bounds, decide_target, label_values, prior
+from claydist.models.boosted import TASK_OBJECTIVES
 from claydist.predictor import Target
 from claydist.profile import ColumnSums, label_sums, numeric_sums
 from claydist.schema import column_of
@@ -207,3 +209,34 @@ def test_prior_of_quantiles_is_the_labels_quantiles() -> None:
 
 def test_prior_of_a_class_absent_from_training_rows() -> None:
     assert prior(Target("multiclass", "y", ("a", "b", "c")), ColumnSums(), {"a": 3.0, "c": 1.0}) == [0.75, 0.0, 0.25]
+
+
+REGRESSION = Target("regression", "y")
+
+
+@pytest.mark.parametrize(("objective", "label"), [
+    (objective, label)
+    for objective in (*TASK_OBJECTIVES["regression"], "rank:ndcg") if objective != "reg:quantileerror"
+    for label in (-2.0, -1.0, -1 + 1e-9, -0.5, 0.0, 1e-50, 1e-30, 0.5, 1.0, 1.5, 31.0, 32.0)
+    if objective != "rank:ndcg" or label == int(label)
+])  # fmt: skip
+def test_bounds_are_those_of_xgboost(objective: str, label: float) -> None:
+    given = {"qid": [0, 0]} if objective.startswith("rank") else {}
+    matrix = xgb.DMatrix(np.arange(2.0).reshape(2, 1), [label, 1.0], **given)
+    name = "relevance" if given else objective
+    sums = ColumnSums(minimum=min(label, 1.0), maximum=max(label, 1.0))
+    try:
+        xgb.train({"objective": objective, "nthread": 1}, matrix, 1)
+    except xgb.core.XGBoostError:
+        with pytest.raises(DataError, match=f"label column 'y' has the value {label!r}, and {name} takes "):
+            check_bounds(name, REGRESSION, sums)
+    else:
+        check_bounds(name, REGRESSION, sums)
+
+
+def test_bounds_of_no_objective_and_of_no_numbers() -> None:
+    check_bounds(None, REGRESSION, ColumnSums(minimum=-1e30, maximum=1e30))
+    for objective in BOUNDS:
+        check_bounds(objective, REGRESSION, ColumnSums())
+    with pytest.raises(DataError, match=r"has the value -1\.0, and poisson takes labels of 0 or more"):
+        check_bounds("poisson", REGRESSION, ColumnSums(minimum=-1.0, maximum=3.0))

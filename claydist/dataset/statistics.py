@@ -7,7 +7,7 @@ order of the input, so that mean and variance have the same bits on one node and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,7 +72,7 @@ class PassSums:
     Attributes
     ----------
     counts : {(file, row group): (train, valid, test) rows}.
-    labels : sums of the label over all parts, by its own values.
+    labels : sums of the label over all parts, by its own values; of numbers with the least and the greatest.
     label_numbers : weighted sums of a numeric label over the training rows; of being above, with `label.above`.
     label_weights : weight of the training rows by label value.
     columns : sums of the feature columns over the training rows.
@@ -224,7 +224,7 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
         hashes = hash_values(table.column(roles.group))
         for part in np.unique(parts).tolist():
             groups[(*key, part)] = np.unique(hashes[parts == part], return_counts=True)
-    counted = PassSums({key: rows}, label_sums(table.column(roles.label)), groups=groups)
+    counted = PassSums({key: rows}, _label_sums(table.column(roles.label)), groups=groups)
     if rows[0] < len(parts):
         _check_held_out(plan, table.filter(pa.array(parts != 0)), where)
     if not plan.features or not rows[0]:
@@ -266,6 +266,14 @@ def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, d
         }
         return time_sums(nanoseconds(values), w, parts)
     return numeric_sums(native_values(values), w)
+
+
+def _label_sums(label: pa.ChunkedArray) -> ColumnSums:
+    sums = label_sums(label)
+    if type_of(label.type) not in NUMERIC or not len(label):
+        return sums
+    values = native_values(label)
+    return replace(sums, minimum=float(values.min()), maximum=float(values.max()))
 
 
 def _label_numbers(label: pa.ChunkedArray, w: np.ndarray | None, above: float | None) -> ColumnSums:
