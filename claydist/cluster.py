@@ -186,7 +186,7 @@ def plan_layout(
     ClusterError : when the nodes could not hold the workers even if nothing else ran, nor those that the autoscaler
         may add; with the numbers and a setting that works.
     """
-    if not found:
+    if not found and not autoscaler_cpus:
         raise ClusterError("the cluster has no node with a CPU; start one with `ray start --head --num-cpus N`")
     n_cpus = 1 if cpus_per_worker == "auto" else cpus_per_worker
     eligible = [node for node in found if _room(node, n_cpus, memory_per_worker) > 0]
@@ -194,7 +194,7 @@ def plan_layout(
     if cpus_per_worker == "auto" and workers == "auto":
         n_cpus = min((max(node.n_free_cpus, 1) for node in eligible), default=1)
     elif cpus_per_worker == "auto":
-        n_cpus = max(1, min(n.n_cpus for n in found) // math.ceil(n_workers / len(found)))
+        n_cpus = max(1, min(n.n_cpus for n in found) // math.ceil(n_workers / len(found))) if found else 1
     room = sum(_room(node, n_cpus, memory_per_worker) for node in found)
     if room >= n_workers:
         return Layout(n_workers, n_cpus)
@@ -220,7 +220,7 @@ def _refusal(found: Sequence[Node], n_workers: int, n_cpus: int, memory: int, ro
     elif by_cpu and memory:
         cure = f"set train.memory_gb={max(n.memory for n in found) / 2**30:.1f} or less, or add nodes with more memory"
     else:
-        cure = f"set train.cpus_per_worker={max(n.n_cpus for n in found)}"
+        cure = f"set train.cpus_per_worker={max((n.n_cpus for n in found), default=1)}"
     return ClusterError(f"the cluster can never hold {want}: it has {have}, room for {room}; {cure}, or add nodes")
 
 

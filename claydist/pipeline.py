@@ -94,6 +94,9 @@ def train(
     try:
         with run.kept_alive():
             with clock.stage("statistics"):
+                if not layout.scales:
+                    # Tasks wait for a CPU without a word and without an end.
+                    cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
                 prepared = prepare(spec, tables, cache_dir)
                 if not layout.scales:
                     check_memory(spec, prepared, run.facts["layout"])

@@ -43,6 +43,8 @@ def test_what_the_autoscaler_may_add_is_not_refused() -> None:
     found = nodes(2)
     assert plan_layout(found, 4, 2, autoscaler_cpus=8) == Layout(4, 2, scales=True)
     assert plan_layout(found, 1, 2, autoscaler_cpus=8) == Layout(1, 2)
+    assert plan_layout([], 4, 2, autoscaler_cpus=8) == Layout(4, 2, scales=True)
+    assert plan_layout([], 2, "auto", autoscaler_cpus=8) == Layout(2, 1, scales=True)
     with pytest.raises(ClusterError, match="can never hold 4 workers"):
         plan_layout(found, 4, 2, autoscaler_cpus=7)
 

@@ -22,7 +22,7 @@ from claydist import pipeline
 from claydist.bundle import check_golden, read_manifest
 from claydist.cli import main
 from claydist.display import Silent
-from claydist.errors import StorageError
+from claydist.errors import ClusterError, StorageError
 from claydist.models import LinearModel, XGBoostModel
 from claydist.preparation import open_tables, prepare
 from claydist.registry import open_registry
@@ -346,3 +346,23 @@ def test_a_champion_that_knows_more_classes_is_judged_all_the_same(parcels: dict
     second = _train({**parcels, "data": data, "model": bad, "goals": goals})
     assert not second.summary["promoted"], second.why
     assert "the champion is better: logloss" in second.why
+
+
+def test_a_busy_cluster_is_waited_for_and_then_an_error(parcels: dict[str, Any]) -> None:
+    import ray
+
+    held = [ray.remote(num_cpus=1)(Holder).remote() for _ in range(4)]
+    ray.get([holder.ping.remote() for holder in held])
+    try:
+        with pytest.raises(ClusterError, match="the cluster was busy for 1 s"):
+            _train({**parcels, "train": {"workers": 1, "cpus_per_worker": 1, "wait_s": 1}})
+    finally:
+        for holder in held:
+            ray.kill(holder)
+
+
+class Holder:
+    """Holds a CPU."""
+
+    def ping(self) -> None:
+        """Answer."""

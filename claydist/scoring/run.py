@@ -258,7 +258,8 @@ class _Scoring:
             publish_ready()
 
         self._begin("start workers")
-        self.work.ready()
+        if not self.work.ready():
+            self.display.say("the cluster is busy: no CPU is free; waiting for one, the date's lock is held meanwhile")
         self._begin("score")
         publish_ready()
         try:

@@ -24,8 +24,8 @@ class Work(Protocol):
         """Begin to build the model in the processes that will score, without waiting."""
         ...
 
-    def ready(self) -> None:
-        """Return once they have."""
+    def ready(self) -> bool:
+        """Return once they have; False when they wait for a CPU."""
         ...
 
     def map(
@@ -61,12 +61,15 @@ class RayWork:
         task = ray.remote(num_cpus=1, max_retries=0)(warm_up)
         self._warming = [task.remote(model) for _ in range(min(free, self.max_cpus or free))]
 
-    def ready(self) -> None:
+    def ready(self) -> bool:
         """Wait for the tasks of `warm`; one that failed is no harm, the first real task says why."""
         import ray
 
-        ray.wait(self._warming, num_returns=len(self._warming), timeout=60) if self._warming else None
+        if self._warming:
+            ray.wait(self._warming, num_returns=len(self._warming), timeout=60)
+        is_ready = bool(self._warming) or any(node.n_free_cpus for node in cluster.nodes())
         self._warming = []
+        return is_ready
 
     def map(
         self, function: Callable[[T], R], items: Sequence[T], on_done: Callable[[int, R], None] | None = None

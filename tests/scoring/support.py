@@ -41,8 +41,8 @@ class Loop:
     def warm(self, model: worker.ModelFiles) -> None:
         pass
 
-    def ready(self) -> None:
-        pass
+    def ready(self) -> bool:
+        return True
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], on_done: Callable[[int, Any], None] | None = None

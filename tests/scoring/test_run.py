@@ -486,8 +486,9 @@ def test_an_input_that_changes_while_it_is_scored(tmp_path: Path) -> None:
     registry, days = make_registry(tmp_path / "registry"), write_days(tmp_path / "in", n_days=1)
 
     class Changes(Loop):
-        def ready(self) -> None:
+        def ready(self) -> bool:
             pq.write_table(days[FIRST].slice(1), tmp_path / "in" / f"dt={FIRST}" / "part-0.parquet")
+            return True
 
     with pytest.raises(InputChanged, match="changed while it was in use"):
         run_score(make_spec(tmp_path), registry, Changes())

@@ -25,6 +25,7 @@ class Slow(Loop):
     def ready(self):
         (folder / f"ready-{sys.argv[3]}").touch()
         time.sleep(1.5)
+        return True
 
 try:
     registry = open_registry(str(folder / "registry"))
