@@ -351,6 +351,10 @@ def test_a_champion_that_knows_more_classes_is_judged_all_the_same(parcels: dict
 def test_a_busy_cluster_is_waited_for_and_then_an_error(parcels: dict[str, Any]) -> None:
     import ray
 
+    class Holder:
+        def ping(self) -> None:
+            pass
+
     held = [ray.remote(num_cpus=1)(Holder).remote() for _ in range(4)]
     ray.get([holder.ping.remote() for holder in held])
     try:
@@ -359,10 +363,3 @@ def test_a_busy_cluster_is_waited_for_and_then_an_error(parcels: dict[str, Any])
     finally:
         for holder in held:
             ray.kill(holder)
-
-
-class Holder:
-    """Holds a CPU."""
-
-    def ping(self) -> None:
-        """Answer."""
