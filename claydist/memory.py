@@ -22,17 +22,22 @@ BATCH_ROWS = 131_072
 # label, prediction, gradient pair and its places in the partition of the tree.
 INDEX_COPIES = 2
 ROW_BYTES = 73
+# For each output beyond the first (of a class or quantile): gradient pair, prediction, and its copy for the metric.
+OUTPUT_BYTES = 16
+# Of a ranking's encoded rows while they are put in the order of their queries: batches, concatenated, sorted.
+RANKING_COPIES = 3
 
 
-def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_workers: int) -> float:
+def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_workers: int, n_classes: int = 1) -> float:
     """Estimated peak PSS of one training worker in MB (10^6 bytes).
 
-    A boosted model's shard of up to KEEP_BYTES is held besides while it is binned; a linear model keeps each column in
-    the width that it is computed with.
+    A boosted model's shard of up to KEEP_BYTES is held besides while it is binned, that of a ranking whatever its size;
+    a linear model keeps each column in the width that it is computed with.
 
     Parameters
     ----------
     columns : of the features, as they are in the input.
+    n_classes : of a multiclass model; 1 for another, or before the data are read.
     """
     rows = n_rows / n_workers
     widths = [width for column in columns for width in _widths(column, spec.data)]
@@ -42,7 +47,11 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
         width = 1 if int(spec.model.params.get("max_bin", 256)) <= 256 else 2
         matrix = 4 * cells
         kept = matrix if matrix <= KEEP_BYTES else 0
-        return BASE_MB + (INDEX_COPIES * width * cells + kept + ROW_BYTES * rows + batches) / 1e6
+        if spec.data.group is not None:
+            # The matrix is made when the first two copies are gone, and is not larger.
+            kept = RANKING_COPIES * rows * sum(widths)
+        row = ROW_BYTES + OUTPUT_BYTES * (max(n_classes, len(spec.model.quantiles), 1) - 1)
+        return BASE_MB + (INDEX_COPIES * width * cells + kept + row * rows + batches) / 1e6
     return BASE_MB + (rows * (sum(widths) + 32) + batches) / 1e6
 
 
@@ -69,7 +78,8 @@ def check_memory(spec: TrainSpec, prepared: Prepared, layout: Mapping[str, int])
     schema = prepared.parts["train"].inventory.schema
     columns = [schema.field(name) for name in prepared.roles.features]
     n_rows = sum(prepared.parts[name].n_rows for name in prepared.trained_parts)
-    needed_mb = estimate_mb(spec, columns, n_rows, n_workers)
+    n_classes = len(prepared.target.classes) if prepared.target.task == "multiclass" else 1
+    needed_mb = estimate_mb(spec, columns, n_rows, n_workers, n_classes)
     found = cluster.nodes()
     room = sum(int(node.memory / 1e6 // needed_mb) for node in found)
     if room < n_workers:
