@@ -59,6 +59,8 @@ _INSTALL = {
 _DEFAULTS: dict[str, dict[str, Any]] = {scheme: {"default_cache_type": "none"} for scheme in ("s3", "s3a")}
 _CHUNK_BYTES = 8 << 20
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|auth|connection_string", re.IGNORECASE)
+# What stands before the @ of an Azure URL is the container.
+_CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")
 _MEMORY_LOCK = threading.RLock()
 
 
@@ -73,7 +75,8 @@ class Store:
 
     Parameters
     ----------
-    url : the place for people and messages: an absolute local path, or a URL without its credentials.
+    url : the place for people and messages: an absolute local path, or a URL without its credentials. Two places may
+        have the same; `identity` tells them apart.
     fs : the fsspec filesystem, which holds the credentials.
     path : the place in the words of `fs`.
     """
@@ -94,6 +97,24 @@ class Store:
     def is_local(self) -> bool:
         """True for a path of this machine."""
         return "file" in protocols(self.fs)
+
+    @property
+    def filesystem(self) -> str:
+        """A digest of the filesystem and its options, for all processes; fsspec's own token is of one thread."""
+        settings = (type(self.fs).__qualname__, self.fs.storage_args, sorted(self.fs.storage_options.items()))
+        return sha256(repr(settings).encode())
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What tells this place from every other, in any process; the path may hold credentials."""
+        return self.filesystem, self.path
+
+    def resolved(self) -> Store:
+        """The same place with links followed, on local paths."""
+        if not self.is_local:
+            return self
+        real = os.path.realpath(self.path)
+        return Store(real, self.fs, real)
 
     def join(self, *parts: str) -> Store:
         """The place below this one.
@@ -305,12 +326,20 @@ def sha256(data: bytes) -> str:
 
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """`text` without user information and queries of URLs, and without values of options that look secret."""
-    text = re.sub(r"(://)[^/\s@'\"]+@", r"\1***@", text)
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?***", text)
+    """`text` without user information and queries of URLs, and without values of options that look secret.
+
+    A container before the @ of an Azure URL stays.
+    """
+    text = re.sub(r"([A-Za-z0-9+.-]*)://([^/\s'\"]+)@", _redact_user, text)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?***", text, flags=re.IGNORECASE)
     for secret in sorted(_secrets(options or {}), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
+
+
+def _redact_user(match: re.Match[str]) -> str:
+    is_container = match[1].lower() in _CONTAINER_SCHEMES and not set(match[2]) & set(":@")
+    return match[0] if is_container else f"{match[1]}://***@"
 
 
 def _secrets(options: Mapping[str, Any], inherited: bool = False) -> Iterator[str]:

@@ -404,6 +404,32 @@ def _without_condition(self, failed_condition: str) -> None:  # type: ignore[no-
     super(type(self), self).__init__("At least one of the pre-conditions you specified did not hold")
 
 
+class TestIdentity:
+    def test_it_tells_apart_what_the_url_does_not(self, store: Store) -> None:
+        assert store.join("a").identity == store.join("a").identity != store.join("b").identity
+        one, other = (open_store("memory://x", {"token": token}) for token in ("hunter2", "hunter3"))
+        assert one.url == other.url
+        assert one.path == other.path
+        assert one.identity != other.identity
+        assert "hunter2" not in str(one.identity)
+
+    def test_it_is_the_same_in_every_thread_and_process(self, store: Store) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            assert (
+                pool.submit(lambda: open_store(store.url, store.fs.storage_options).identity).result() == store.identity
+            )
+        script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).identity)"
+        told = subprocess.run(
+            [sys.executable, "-c", script], input=pickle.dumps(store), capture_output=True, check=True
+        )
+        assert told.stdout.decode().strip() == str(store.identity)
+
+    def test_links_are_followed_on_local_paths_only(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path)
+        assert open_store(tmp_path / "link/a").resolved() == open_store(tmp_path / "a")
+        assert open_store("memory://link/a").resolved() == open_store("memory://link/a")
+
+
 class TestSecrets:
     def test_repr_and_messages_hide_options(self, s3_options: dict[str, str]) -> None:
         place = open_store(
@@ -418,9 +444,16 @@ class TestSecrets:
 
     def test_user_information_and_queries_of_urls(self) -> None:
         assert redact("cannot read sftp://me:pw@host/x") == "cannot read sftp://***@host/x"
+        assert redact("sftp://me@host/x and sftp://me:p@w@host/x") == "sftp://***@host/x and sftp://***@host/x"
         assert redact("url='https://h/x?sig=abc&se=1'") == "url='https://h/x?***'"
+        assert redact("HTTPS://h/x?sig=abc") == "HTTPS://h/x?***"
         assert redact("token abcd is wrong", {"client_kwargs": {"auth": {"value": "abcd"}}}) == "token *** is wrong"
         assert redact("s3://b/a?.parquet", {"anon": True, "endpoint_url": "s3://b"}) == "s3://b/a?.parquet"
+
+    @pytest.mark.parametrize("scheme", ["abfs", "abfss", "wasb", "wasbs", "ABFSS"])
+    def test_a_container_is_no_secret(self, scheme: str) -> None:
+        assert redact(f"{scheme}://raw@acct.dfs.core.windows.net/t") == f"{scheme}://raw@acct.dfs.core.windows.net/t"
+        assert redact(f"{scheme}://raw:pw@acct/t") == f"{scheme}://***@acct/t"
 
     def test_a_failing_filesystem_does_not_give_them_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
         place = open_store("memory://x", {"token": "hidden-token"})

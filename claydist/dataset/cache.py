@@ -96,7 +96,7 @@ class ChunkCache:
         return True
 
     def _name(self, span: Range) -> Path:
-        version = hashlib.sha256(f"{self.store.url}\n{self.size}\n{self.stamp}".encode()).hexdigest()[:32]
+        version = hashlib.sha256(f"{self.store.identity}\n{self.size}\n{self.stamp}".encode()).hexdigest()[:32]
         return self.directory / f"{version}-{span[0]}-{span[1]}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from urllib.parse import unquote
 
 from claydist.errors import DataError, StorageError
 from claydist.files import FileInfo
-from claydist.storage import Store, open_store, split_glob
+from claydist.storage import Store, open_store, redact, split_glob
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 Keys = tuple[tuple[str, str | None], ...]
@@ -25,7 +24,10 @@ _DELTA = re.compile(r"(?:^|/)_delta_log/")
 
 @dataclass(frozen=True)
 class Found:
-    """One file of an input: its place, its path relative to the input's root, size, stamp and Hive keys."""
+    """One file of an input: its place, its path relative to the input's root, size, stamp and Hive keys.
+
+    The path has no credentials, so that a URL signed anew is the same input; it may thus be that of several files.
+    """
 
     store: Store
     path: str
@@ -50,7 +52,7 @@ def find_files(urls: Sequence[str], options: Mapping[str, Any] | None = None) ->
     ------
     DataError : when a path is absent, holds no data file, or belongs to a Delta or Iceberg table.
     """
-    found: dict[str, tuple[Store, FileInfo, Keys]] = {}
+    found: dict[tuple[str, str], tuple[Store, FileInfo, Keys]] = {}
     roots = []
     for url in urls:
         root, files = _expand(url, options)
@@ -58,28 +60,22 @@ def find_files(urls: Sequence[str], options: Mapping[str, Any] | None = None) ->
         above = _keys(_trailing_keys(root.path))
         for store, info in files:
             below = info.path.split("/")[:-1]
-            found.setdefault(store.url, (store, info, _join_keys(above, _keys(below), store.url)))
+            found.setdefault(store.identity, (store, info, _join_keys(above, _keys(below), store.url)))
     base = _common(roots)
-    placed = [
-        Found(store, store.url if base is None else posixpath.relpath(store.path, base), info.size, info.stamp, keys)
-        for store, info, keys in found.values()
-    ]
-    return sorted(placed, key=lambda f: (f.path, f.store.url))
+    placed = [Found(store, _below(store, base), info.size, info.stamp, keys) for store, info, keys in found.values()]
+    return sorted(placed, key=lambda f: (f.path, f.store.url, f.store.path))
 
 
 def shared_files(one: Iterable[Store], other: Iterable[Store]) -> list[str]:
     """URLs of the files of `one` that are also in `other`, links followed on local paths; sorted."""
-    taken = {_real(store) for store in other}
-    return sorted(store.url for store in one if _real(store) in taken)
-
-
-def _real(store: Store) -> str:
-    return os.path.realpath(store.path) if store.is_local else store.url
+    taken = {store.resolved().identity for store in other}
+    return sorted(store.url for store in one if store.resolved().identity in taken)
 
 
 def _expand(url: str, options: Mapping[str, Any] | None) -> tuple[Store, list[tuple[Store, FileInfo]]]:
     """The root of one URL, and its files with paths relative to that root."""
     before, pattern = split_glob(url)
+    shown = redact(url)
     if pattern is not None and not (literal := open_store(url, options)).exists():
         root = open_store(before, options)
         files = root.glob(pattern)
@@ -88,12 +84,12 @@ def _expand(url: str, options: Mapping[str, Any] | None) -> tuple[Store, list[tu
     elif literal.exists():
         return _single(literal)
     else:
-        raise DataError(f"expected Parquet at {url!r}, found no such file or directory ({literal.url})")
+        raise DataError(f"expected Parquet at {shown!r}, found no such file or directory ({literal.url})")
     _refuse_lakes(root, files)
     data = [f for f in files if f.size and not any(part[0] in "._" for part in f.path.split("/"))]
     if not data:
         said = f"only {len(files)} files that are empty, hidden or begin with '_'" if files else "no file"
-        raise DataError(f"expected Parquet files at {url!r}, found {said} ({literal.url})")
+        raise DataError(f"expected Parquet files at {shown!r}, found {said} ({literal.url})")
     return root, [(root.join(*f.path.split("/")), f) for f in data]
 
 
@@ -131,7 +127,9 @@ def _is_iceberg(table: Store) -> bool:
 
 
 def _parent(store: Store) -> Store:
-    return Store(store.url.rpartition("/")[0] or "/", store.fs, store.path.rpartition("/")[0] or "/")
+    # The path of http's filesystem is the whole URL, and its query may have slashes.
+    path = store.path.partition("?")[0] if "://" in store.path else store.path
+    return Store(store.url.rpartition("/")[0] or "/", store.fs, path.rpartition("/")[0] or "/")
 
 
 def _trailing_keys(path: str) -> list[str]:
@@ -157,7 +155,11 @@ def _join_keys(above: Keys, below: Keys, url: str) -> Keys:
 
 def _common(roots: Sequence[Store]) -> str | None:
     """The directory that all roots share; None when they are on different filesystems."""
-    if len({(type(root.fs), root.url.partition("://")[0] if "://" in root.url else "") for root in roots}) > 1:
+    if len({root.filesystem for root in roots}) > 1:
         return None
-    paths = [root.path.rstrip("/") or "/" for root in roots]
+    paths = [redact(root.path).rstrip("/") or "/" for root in roots]
     return posixpath.commonpath(paths) if len(paths) > 1 else paths[0]
+
+
+def _below(store: Store, base: str | None) -> str:
+    return store.url if base is None else posixpath.relpath(redact(store.path), base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from claydist.predictor import Predictor
 from claydist.scoring.dates import UNDATED, DateRows, DateRule, parse_day
 from claydist.scoring.publish import MANIFEST
 from claydist.spec import ScoreSpec
-from claydist.storage import Store, open_store, split_glob
+from claydist.storage import Store, open_store, redact, split_glob
 
 _LISTED = 20
 
@@ -27,7 +26,7 @@ def check_columns(spec: ScoreSpec, rule: DateRule | None, inventory: Inventory, 
     ------
     DataError : with every column that is absent or of a wrong type.
     """
-    where, names = ", ".join(spec.input), inventory.schema.names
+    where, names = ", ".join(map(redact, spec.input)), inventory.schema.names
     predictor.schema.check(inventory.schema, where)
     if absent := sorted(set(spec.key) - set(names)):
         raise DataError(f"key columns {absent} are not in {where}; it has {', '.join(sorted(names))}")
@@ -63,17 +62,17 @@ def check_apart(spec: ScoreSpec, inventory: Inventory, output: Store) -> None:
     ------
     SpecError : when input and output overlap.
     """
-    published = f"{_real(output)}/{UNDATED}/part-0.parquet"
-    problems = [f"the input has {_real(s)}, which is in the output" for s in inventory.stores if _is_in(s, output)]
+    published = output.join(UNDATED, "part-0.parquet")
+    problems = [f"the input has {s.resolved()}, which is in the output" for s in inventory.stores if _is_in(s, output)]
     for url in spec.input:
         before, pattern = split_glob(url)
-        root = open_store(before, spec.storage_options)
+        root, shown = open_store(before, spec.storage_options), redact(url)
         if pattern is None and root.is_dir() and _is_in(output, root):
-            problems.append(f"the output is in the input {url!r}")
-        elif pattern is not None and published.startswith(f"{_real(root)}/"):
-            below = published.removeprefix(f"{_real(root)}/")
+            problems.append(f"the output is in the input {shown!r}")
+        elif pattern is not None and _is_in(published, root):
+            below = published.resolved().path.removeprefix(f"{root.resolved().path.rstrip('/')}/")
             if re.compile(glob_translate(pattern)).match(below):
-                problems.append(f"the input {url!r} would find what is published")
+                problems.append(f"the input {shown!r} would find what is published")
     if problems:
         raise SpecError(f"input and output overlap, the output being {output.url}; keep them apart", problems[:_LISTED])
 
@@ -133,7 +132,7 @@ def missing_marker(
 
 def _marker_folders(store: Store, keys: Sequence[str]) -> list[Store]:
     """The file's folder, then those above it, the last being the lowest whose name is one of the date's keys."""
-    parents = store.url.split("/")[:-1]
+    parents = store.path.split("/")[:-1]
     at = [i for i, part in enumerate(parents) if part.partition("=")[0] in keys and "=" in part]
     n_up = len(parents) - at[-1] if at else 1
     folders, url, place = [], store.url, store.path
@@ -144,14 +143,12 @@ def _marker_folders(store: Store, keys: Sequence[str]) -> list[Store]:
 
 
 def _has(folder: Store, name: str, cache: dict[str, bool]) -> bool:
-    if folder.url not in cache:
-        cache[folder.url] = folder.join(name).exists()
-    return cache[folder.url]
-
-
-def _real(store: Store) -> str:
-    return os.path.realpath(store.path) if store.is_local else store.url
+    place = str(folder.identity)
+    if place not in cache:
+        cache[place] = folder.join(name).exists()
+    return cache[place]
 
 
 def _is_in(inner: Store, outer: Store) -> bool:
-    return f"{_real(inner)}/".startswith(f"{_real(outer).rstrip('/')}/")
+    inner, outer = inner.resolved(), outer.resolved()
+    return inner.filesystem == outer.filesystem and f"{inner.path}/".startswith(f"{outer.path.rstrip('/')}/")

@@ -14,7 +14,7 @@ from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import plan_shards
 from claydist.errors import InputChanged, StorageError
-from claydist.storage import open_store
+from claydist.storage import Store, open_store
 from tests.stores import s3_options, store  # noqa: F401  fixtures
 
 
@@ -107,3 +107,15 @@ def test_a_failed_fetch_names_the_file_and_no_secret(monkeypatch, tmp_path) -> N
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_ranges", fail)
     with pytest.raises(StorageError, match=r"cannot read memory://broken/a\.parquet: denied for \*\*\*"):
         ChunkCache(place, tmp_path, 10, "1").read((0, 10))
+
+
+def test_places_that_are_shown_alike_are_cached_apart(tmp_path) -> None:
+    put("memory://alike/a.parquet", {})
+    place = open_store("memory://alike/a.parquet")
+    other = Store(place.url, place.fs, "/elsewhere/a.parquet")
+    place.fs.pipe_file(other.path, b"other")
+    stored = Store(place.url, open_store("memory://alike", {"token": "hunter2"}).fs, place.path)
+    assert ChunkCache(place, tmp_path, 4, "1").read((0, 4)) == b"PAR1"
+    assert ChunkCache(other, tmp_path, 4, "1").read((0, 4)) == b"othe"
+    assert ChunkCache(stored, tmp_path, 4, "1").read((0, 4)) == b"PAR1"
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import http.server
+import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from claydist.dataset.listing import HIVE_NULL, find_files, shared_files
 from claydist.errors import DataError
@@ -103,3 +110,84 @@ def test_shared_files_follows_links(tmp_path: Path) -> None:
     a, b = (find_files([str(tmp_path / name)]) for name in "ab")
     assert shared_files([f.store for f in a[:1]], [f.store for f in b]) == [open_store(tmp_path / "a/1.parquet").url]
     assert shared_files([a[0].store], [b[1].store]) == []
+
+
+class Containers(MemoryFileSystem):
+    """Azure's rules for a URL, over fsspec's memory: the container stands before the @, the account after it."""
+
+    protocol = ("abfss",)
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def __init__(self, account: str = "", **options: Any) -> None:
+        super().__init__(**options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        if match := re.fullmatch(r"abfss://([^@/]+)@[^/]+(.*)", path):
+            path = f"/{match[1]}{match[2]}"
+        return super()._strip_protocol(path)
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        match = re.match(r"abfss://[^@/]+@([^/]+)", path)
+        return {"account": match[1]} if match else {}
+
+
+@pytest.fixture
+def containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheme whose container stands before the @, with the file a.parquet in each of two containers."""
+    monkeypatch.setitem(_registry, "abfss", Containers)
+    monkeypatch.setattr(Containers, "store", {})
+    for year in ("y2023", "y2024"):
+        open_store(f"abfss://{year}@acct/t/a.parquet").write(year.encode())
+
+
+@pytest.mark.usefixtures("containers")
+def test_containers_with_equal_file_names_are_both_read() -> None:
+    found = find_files(["abfss://y2023@acct/t", "abfss://y2024@acct/t", "abfss://y2023@acct/t/a.parquet"])
+    assert [(f.path, f.store.read()) for f in found] == [
+        ("y2023/t/a.parquet", b"y2023"),
+        ("y2024/t/a.parquet", b"y2024"),
+    ]
+    one, two = ([f.store] for f in found)
+    assert shared_files(one, two) == []
+    assert shared_files(one, one) == ["abfss://y2023@acct/t/a.parquet"]
+    elsewhere = find_files(["abfss://y2023@acct/t", "abfss://y2023@other/t"])
+    assert [f.path for f in elsewhere] == ["abfss://y2023@acct/t/a.parquet", "abfss://y2023@other/t/a.parquet"]
+
+
+@pytest.fixture
+def exports() -> Iterator[str]:
+    """URL of a web server whose answer is the query."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            query = self.path.partition("?")[2].encode()
+            self.send_response(200 if query else 404)
+            self.send_header("Content-Length", str(len(query)))
+            self.end_headers()
+            self.wfile.write(query)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/export"
+        server.shutdown()
+
+
+def test_queries_tell_files_apart_and_are_not_shown(exports: str) -> None:
+    pytest.importorskip("aiohttp")
+    found = find_files([f"{exports}?id=1", f"{exports}?id=2", f"{exports}?id=1"])
+    assert [f.store.read() for f in found] == [b"id=1", b"id=2"]
+    assert shared_files([found[0].store], [found[1].store]) == []
+    assert {(f.path, f.store.url) for f in found} == {("export?***", f"{exports}?***")}
+    assert [f.path for f in find_files([f"{exports}?sig=a/b"])] == ["export?***"]
+
+
+def test_what_is_not_found_is_named_without_its_secrets() -> None:
+    with pytest.raises(DataError, match=r"expected Parquet at 'memory://\*\*\*@h/nope', found no such") as caught:
+        find_files(["memory://me:hunter2@h/nope"])
+    assert "hunter2" not in str(caught.value)
