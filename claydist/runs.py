@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from claydist import alive
 from claydist.errors import RegistryError, StorageError
 from claydist.registry import Registry
 from claydist.spec import ScoreSpec, TrainSpec
-from claydist.storage import Store
+from claydist.storage import Store, redact
 
 FOLDER = "_runs"
 FILE = "run.json"
@@ -94,7 +95,7 @@ def process_facts() -> dict[str, Any]:
 
 
 def spec_digest(spec: TrainSpec | ScoreSpec) -> str:
-    """SHA-256 of everything in a spec that decides on the result, as hexadecimal text."""
+    """SHA-256 of what decides on the result in a spec, as hexadecimal text; URLs without users and queries."""
     tree = public_spec(spec)
     tree.pop("registry", None)
     if "train" in tree:
@@ -103,12 +104,21 @@ def spec_digest(spec: TrainSpec | ScoreSpec) -> str:
 
 
 def public_spec(spec: TrainSpec | ScoreSpec) -> dict[str, Any]:
-    """The spec as JSON-able mapping, without storage options: they may hold credentials."""
+    """The spec as JSON-able mapping, without what may hold credentials: storage options, users and queries of URLs."""
     tree = spec.model_dump(mode="json")
     tree.pop("storage_options", None)
     if "data" in tree:
         tree["data"].pop("storage_options", None)
-    return tree
+    return {name: _redacted(value) for name, value in tree.items()}
+
+
+def _redacted(value: Any) -> Any:
+    """`value` with each string that is a URL redacted; labels, and URLs within an expression, are values of rows."""
+    if isinstance(value, Mapping):
+        return {name: part if name == "label" else _redacted(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_redacted(part) for part in value]
+    return redact(value) if isinstance(value, str) and re.match(r"\s*[\w+.:-]+://", value) else value
 
 
 def start_run(registry: Registry, kind: str, spec: TrainSpec | ScoreSpec, name: str, inventory: str) -> Run:
