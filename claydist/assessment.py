@@ -12,10 +12,11 @@ from claydist.dataset.statistics import PassPlan, part_of, summarise
 from claydist.errors import DataError
 from claydist.evaluate import EvaluationPlan, evaluate
 from claydist.expressions import parse
-from claydist.preparation import check_paths
+from claydist.preparation import Tables, check_paths, check_visible
 from claydist.registry import Registry
 from claydist.schema import Roles
 from claydist.spec import DataSpec
+from claydist.storage import redact
 
 
 def evaluate_reference(
@@ -33,14 +34,15 @@ def evaluate_reference(
 
     Raises
     ------
-    DataError : when the tables lack the label or a feature, or a label is null.
+    DataError : when the tables lack the label or a feature, a label is null, or a node does not see a local file.
     """
     check_paths(paths)
     found = registry.resolve(ref)
     bundle = read_bundle(found.store)
     predictor, data = bundle.predictor, bundle.manifest["spec"]["data"]
     inventory = take_inventory(paths, options=storage_options or {}, types=data["types"], run=cluster.run_tasks)
-    place = ", ".join(paths)
+    check_visible(Tables(inventory, {}))
+    place = ", ".join(map(redact, paths))
     names = inventory.schema.names
     if predictor.target.column not in names:
         raise DataError(f"label column {predictor.target.column!r} is absent from {place}; columns: {', '.join(names)}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import socket
+import sys
+import uuid
 from collections.abc import Sequence
 
 from fsspec.utils import glob_translate
 
+from claydist import cluster
 from claydist.dataset.footers import Inventory
 from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.predictor import Predictor
+from claydist.preparation import Tables, check_visible
 from claydist.scoring.dates import UNDATED, DateRows, DateRule, parse_day
+from claydist.scoring.lock import FOLDER as LOCKS
 from claydist.scoring.publish import MANIFEST
 from claydist.spec import ScoreSpec
 from claydist.storage import Store, open_store, redact, split_glob
@@ -99,6 +105,50 @@ def check_output(output: Store, rule: DateRule | None) -> None:
             f"the output {output.url} holds what this spec does not publish ({expected}); give an empty or new folder",
             foreign[:_LISTED],
         )
+
+
+def check_input_visible(inventory: Inventory) -> None:
+    """Pass when every node sees local input with the same size; nothing is done on one node, or without Ray.
+
+    Raises
+    ------
+    DataError : with the nodes that do not, and what they see.
+    """
+    if _has_several_hosts():
+        check_visible(Tables(inventory, {}))
+
+
+def check_output_visible(output: Store) -> None:
+    """Pass when every node sees what is written to a local output; nothing is done on one node, or without Ray.
+
+    Raises
+    ------
+    DataError : with the nodes that do not.
+    """
+    if not output.is_local or not _has_several_hosts():
+        return
+    probe = output.join(LOCKS, f"probe-{uuid.uuid4().hex}")
+    probe.write(b"")
+    try:
+        blind = sorted({host for host in cluster.run_on_every_node(_host_without, probe) if host})
+    finally:
+        probe.remove()
+    if blind:
+        raise DataError(
+            f"the output {output.url} is not one folder for all nodes; give a shared folder or a storage URL",
+            [f"{probe.url} was written on {socket.gethostname()}, and {host} does not see it" for host in blind],
+        )
+
+
+def _has_several_hosts() -> bool:
+    # Asking Ray for its nodes would start it.
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized()) and len({node.address for node in cluster.nodes()}) > 1
+
+
+def _host_without(place: Store) -> str:
+    """Name of this host, or "" when it sees the place."""
+    return "" if place.exists() else socket.gethostname()
 
 
 def check_folder(output: Store, folder: str) -> None:
