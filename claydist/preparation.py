@@ -163,7 +163,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     sums = summarise(plan, cluster.run_tasks)
     for name, apart in tables.separate.items():
         _check_separate(apart, main, schema, roles, ", ".join(getattr(spec.split, name).path))
-    parts, labels = _parts(spec, tables, plan, sums)
+    parts, labels, held_out = _parts(spec, tables, plan, sums)
     if not parts["train"].n_rows:
         raise DataError("the split leaves no rows to train on; look at data.where and split")
     target = decide_target(spec, column_of(main.schema.field(roles.label), where), labels)
@@ -171,6 +171,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     profiles = sums.profiles()
     _check_target(spec, target, labels)
     encoder = build_plan(data, schema, profiles, missing_indicator=indicator)
+    _check_seen(encoder, held_out)
     warnings = float32_warnings(encoder, profiles) if isinstance(spec.model, XGBoostSpec) else []
     if trains_alone(spec):
         warnings.append("quantile and absolute-error objectives are exact on one worker only; it trains on one")
@@ -251,10 +252,12 @@ def _check_separate(there: Inventory, main: Inventory, schema: Schema, roles: Ro
             raise DataError(f"column {name!r} is {found} in {where}, and {expected} in the training table; cast it")
 
 
-def _parts(spec: TrainSpec, tables: Tables, plan: PassPlan, sums: PassSums) -> tuple[dict[str, Part], ColumnSums]:
-    """The parts that exist, and the sums of the label over all of them."""
+def _parts(
+    spec: TrainSpec, tables: Tables, plan: PassPlan, sums: PassSums
+) -> tuple[dict[str, Part], ColumnSums, dict[tuple[str, str], frozenset[str]]]:
+    """The parts that exist, and over all of them the sums of the label and the held-out categories."""
     parts = {"train": part_of(sums, plan, "train")}
-    labels = sums.labels
+    labels, held_out = sums.labels, dict(sums.held_out)
     for name in ("valid", "test"):
         if getattr(spec.split, name) is None:
             continue
@@ -263,11 +266,28 @@ def _parts(spec: TrainSpec, tables: Tables, plan: PassPlan, sums: PassSums) -> t
             there = summarise(apart, cluster.run_tasks)
             parts[name] = part_of(there, apart, name)
             labels = labels + there.labels
+            held_out |= there.held_out
         else:
             parts[name] = part_of(sums, plan, name)
         if not parts[name].n_rows:
             raise DataError(f"split.{name} holds no rows; look at what it selects")
-    return parts, labels
+    return parts, labels, held_out
+
+
+def _check_seen(plan: FeaturePlan, held_out: Mapping[tuple[str, str], frozenset[str]]) -> None:
+    """Pass when training has seen all held-out categories; else evaluation would refuse them after the training."""
+    known = {f.column: set(f.vocabulary) for f in plan.features if f.kind == "categorical" and not f.other}
+    problems = []
+    for (part, column), found in sorted(held_out.items()):
+        if unseen := sorted(found - known.get(column, found)):
+            problems.append(
+                f"column {column!r} has {len(unseen)} values in {part} that train has not, the first is {unseen[0]!r}"
+            )
+    if problems:
+        raise DataError(
+            "data.unseen is 'error', and held-out rows have categories that the training rows lack: choose "
+            "'missing' or 'other', or another split", problems
+        )  # fmt: skip
 
 
 def _check_target(spec: TrainSpec, target: Target, labels: ColumnSums) -> None:

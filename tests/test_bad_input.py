@@ -228,6 +228,13 @@ BAD = [
         "label column 'late' is null in 1 of"),
     Bad("infinite values in the test table", separate_table(values("km", first(float("inf")))(GOOD)), "DataError",
         "'km'.*1 infinite"),
+    Bad("an unseen category in the test rows", rewrite(
+        values("city", first("Nowhere")), data__unseen="error", split={"test": {"where": "city = 'Nowhere'"}}),
+        "DataError", "'city' has 1 values in test that train has not, the first is 'Nowhere'"),
+    Bad("an unseen category in the valid table", lambda tree, folder: (
+        separate_table(values("city", lambda c: ["b", "a", *c[2:]])(GOOD), "valid")(tree, folder),
+        put(data__unseen="error")(tree, folder))[0],
+        "DataError", "'city' has 2 values in valid that train has not, the first is 'a'"),
     Bad("an unknown objective", put(model__objective="reg:nothing"), "SpecError", "reg:nothing", 2),
     Bad("a parameter of XGBoost's misspelt", put(model__params={"max_dept": 3}), "SpecError", "max_dept", 2),
     Bad("a parameter out of range", put(model__params={"subsample": 3}), "SpecError", "subsample", 2),
@@ -425,3 +432,22 @@ def test_all_rows_of_one_class_in_training_is_told(ray_cluster: None, tmp_path: 
     prepared = prepare(spec, open_tables(spec))
     assert prepared.target.classes == (0, 1)
     assert prepared.parts["test"].n_rows == 50
+
+
+@pytest.mark.parametrize("data", [{"unseen": "error", "max_categories": 3}, {"unseen": "missing"}], ids=str)
+def test_held_out_categories_that_can_be_encoded_are_no_error(
+    data: dict[str, Any], ray_cluster: None, tmp_path: Path
+) -> None:
+    tree = good_spec(tmp_path)
+    rewrite(values("city", first("Nowhere")), split={"test": {"where": "city = 'Nowhere'"}})(tree, tmp_path)
+    tree["data"] |= data
+    spec = load_spec(TrainSpec, tree)
+    assert prepare(spec, open_tables(spec)).parts["test"].n_rows == 1
+
+
+def test_seen_categories_are_no_error_where_unseen_ones_are(ray_cluster: None, tmp_path: Path) -> None:
+    tree = good_spec(tmp_path)
+    everywhere(values("city", lambda c: [None if i % 7 == 0 else "ab"[i % 2] for i, _ in enumerate(c)]))(tree, tmp_path)
+    tree["data"]["unseen"] = "error"
+    spec = load_spec(TrainSpec, tree)
+    assert prepare(spec, open_tables(spec)).parts["test"].n_rows > 20

@@ -77,6 +77,7 @@ class PassSums:
     label_weights : weight of the training rows by label value.
     columns : sums of the feature columns over the training rows.
     groups : of a ranking, {(file, row group, part): (distinct group hashes, rows of each)}.
+    held_out : under `unseen: error`, {(part, column): categories of its rows}, but for train.
     """
 
     counts: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class PassSums:
     label_weights: dict[Any, float] = field(default_factory=dict)
     columns: dict[str, ColumnSums] = field(default_factory=dict)
     groups: Groups = field(default_factory=dict)
+    held_out: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
 
     def __add__(self, other: PassSums) -> PassSums:
         counts = dict(self.counts)
@@ -100,8 +102,12 @@ class PassSums:
         groups = dict(self.groups)
         for place, found in other.groups.items():
             groups[place] = _merge_groups(groups[place], found) if place in groups else found
+        held = {
+            key: self.held_out.get(key, frozenset()) | other.held_out.get(key, frozenset())
+            for key in {**self.held_out, **other.held_out}
+        }
         labels, numbers = capped(self.labels + other.labels), self.label_numbers + other.label_numbers
-        return PassSums(counts, labels, numbers, weights, columns, groups)
+        return PassSums(counts, labels, numbers, weights, columns, groups, held)
 
     def profiles(self) -> dict[str, ColumnProfile]:
         """Profiles of the feature columns over the training rows."""
@@ -224,9 +230,13 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
         hashes = hash_values(table.column(roles.group))
         for part in np.unique(parts).tolist():
             groups[(*key, part)] = np.unique(hashes[parts == part], return_counts=True)
-    counted = PassSums({key: rows}, _label_sums(table.column(roles.label)), groups=groups)
-    if rows[0] < len(parts):
-        _check_held_out(plan, table.filter(pa.array(parts != 0)), where)
+    held: dict[tuple[str, str], frozenset[str]] = {}
+    for at in (1, 2):
+        if rows[at]:
+            apart = table if rows[at] == len(parts) else table.filter(pa.array(parts == at))
+            _check_held_out(plan, apart, where)
+            held |= {(PARTS[at], name): found for name, found in _held_categories(plan, apart).items()}
+    counted = PassSums({key: rows}, _label_sums(table.column(roles.label)), groups=groups, held_out=held)
     if not plan.features or not rows[0]:
         return counted
     train = table if rows[0] == len(parts) else table.filter(pa.array(parts == 0))
@@ -243,6 +253,14 @@ def _check_held_out(plan: PassPlan, table: pa.Table, where: str) -> None:
                     f"column {column.name!r} has {n_bad} infinite values in held-out rows of {where}; "
                     f"expected finite numbers or nulls"
                 )
+
+
+def _held_categories(plan: PassPlan, table: pa.Table) -> dict[str, frozenset[str]]:
+    """Categories by column, where one that training has not seen is an error; else nobody asks."""
+    if plan.data.unseen != "error":
+        return {}
+    columns = [column.name for column in plan.features if is_categorical(column, plan.data)]
+    return {name: frozenset(category_sums(text_values(table.column(name), name)).counts or ()) for name in columns}
 
 
 def _train_sums(plan: PassPlan, table: pa.Table, where: str) -> PassSums:
