@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from claydist.specfile import load_spec
 
 APPLICATION = "claydist"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENDED = ("DEPLOY_FAILED", "DELETING")
+END_S = 30.0
 _STATS_PORT, _METRICS_PORT = 8404, 9101
 
 
@@ -67,7 +70,8 @@ def serve(
     ----------
     refs : references of models.
     registry : its URL; $CLAYDIST_REGISTRY or ./registry where None.
-    host, port : where to listen; without keys only a loopback address is taken.
+    host, port : where to listen; without keys only a loopback address is taken. A Serve that runs already stays
+        where it is.
     replicas : copies of the server, one CPU each; what `settings` say, else 1, where None.
     keys_file : API keys, one a line; $CLAYDIST_API_KEYS are taken too.
     address : a cluster to join; the one that is there, else a new one where None.
@@ -80,7 +84,7 @@ def serve(
     ------
     SpecError : for a setting that is wrong, or a host that is not loopback without keys.
     RegistryError, BundleError : when a model cannot be loaded.
-    ClusterError : when the port is taken, or Serve does not start.
+    ClusterError : when the port is taken, Serve does not start, or one that runs has such an application already.
     """
     spec = checked(refs, registry=registry, host=host, replicas=replicas, keys_file=keys_file, settings=settings)
     _check_models(spec)
@@ -92,17 +96,13 @@ def serve(
         is_ours = _is_ours()
         if is_ours:
             _check_port(host, port)
-        _start(spec, host, port, dict(tls or {}))
-        ingress = wanted if is_ours else _running_ingress()
-        url = f"{'https' if tls else 'http'}://{host}:{port}"
-        for line in _announcement(spec, url, ingress, is_ours=is_ours):
-            say(line)
-        ended.wait()
-        say("stopping")
-        if not is_ours:
-            from ray import serve as ray_serve
-
-            ray_serve.delete(APPLICATION)
+        with _application(spec, host, port, dict(tls or {}), is_ours=is_ours) as http:
+            ingress = wanted if is_ours else _running_ingress()
+            url = f"{'https' if http.ssl_certfile else 'http'}://{http.host}:{http.port}"
+            for line in _announcement(spec, url, ingress, stays=(http.host, http.port) != (host, port)):
+                say(line)
+            ended.wait()
+            say("stopping")
     return {"models": list(spec.models), "url": url, "ingress": ingress.name, "replicas": spec.replicas}
 
 
@@ -196,18 +196,88 @@ def _check_models(spec: ServeSpec) -> None:
         registry.resolve(ref)
 
 
-def _start(spec: ServeSpec, host: str, port: int, tls: Mapping[str, str]) -> None:
+@contextmanager
+def _application(spec: ServeSpec, host: str, port: int, tls: Mapping[str, str], *, is_ours: bool) -> Iterator[Any]:
+    """The application for the length of the block, and the HTTPOptions by which Serve really listens.
+
+    On a cluster that was joined the application ends with the block; so does Serve, where it was started here and has
+    no other application. A cluster of our own takes both along.
+    """
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
 
     from claydist.serving.deployment import build
 
+    application = build(spec.model_dump(mode="json"))
+    before = _get_global_client(raise_if_no_controller_running=False)
+    if before is not None:
+        # Serve ignores the options of whoever comes second.
+        _check_running(spec, before.http_config, before.get_serve_details()["applications"])
     try:
-        ray_serve.start(http_options=HTTPOptions(host=host, port=port, **tls))
-        ray_serve.run(build(spec.model_dump(mode="json")), name=APPLICATION, route_prefix="/")
-    except (RuntimeError, ValueError, OSError) as e:
-        lines = [line for line in str(e).strip().splitlines() if line.strip()]
-        raise ClusterError(f"Serve does not start: {lines[-1] if lines else type(e).__name__}") from e
+        try:
+            ray_serve.start(http_options=HTTPOptions(host=host, port=port, **tls))
+            http = _get_global_client().http_config
+            ray_serve.run(application, name=APPLICATION, route_prefix="/")
+        except (RuntimeError, ValueError, OSError, RayServeException) as e:
+            lines = [line for line in str(e).strip().splitlines() if line.strip()]
+            raise ClusterError(f"Serve does not start: {lines[-1] if lines else type(e).__name__}") from e
+        yield http
+    finally:
+        if not is_ours:
+            if before is None and not set(ray_serve.status().applications) - {APPLICATION}:
+                _end_serve()
+            else:
+                ray_serve.delete(APPLICATION)
+
+
+def _end_serve() -> None:
+    """Return once Serve has ended on this cluster, or was asked to END_S seconds ago.
+
+    Not by `serve.shutdown`: its call waits for the death of what it asks, and Ray tells of that on standard output.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    ray.get(client._controller.graceful_shutdown.remote(wait=False))
+    deadline = time.monotonic() + END_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:  # it is gone
+            return
+        time.sleep(0.1)
+
+
+def _check_running(spec: ServeSpec, http: Any, applications: Mapping[str, Any]) -> None:
+    """Pass when our application may join the Serve that runs.
+
+    Raises
+    ------
+    ClusterError : when it has an application of our name or route, or does not listen at all.
+    SpecError : when it listens on an open interface, and there are no keys.
+    """
+    for name, found in sorted(applications.items()):
+        if found["status"] not in ENDED and (name == APPLICATION or found.get("route_prefix") == "/"):
+            raise ClusterError(
+                f"Serve on this cluster has application {name!r} at route {found.get('route_prefix')}, which "
+                f"this one would replace: end it first (Ctrl-C of its `claydist serve`, or `serve shutdown`), or give "
+                f"--address local and another --port"
+            )
+    if http.host is None:
+        raise ClusterError(
+            "Serve on this cluster does not listen for HTTP: end it by `serve shutdown`, and serve again"
+        )
+    if http.host not in LOOPBACK and not spec.require_keys:
+        raise SpecError(
+            f"Serve on this cluster listens on {http.host}, whatever --host says, and there are no keys: give "
+            f"--keys-file or ${ENVIRONMENT}, or end that Serve by `serve shutdown`"
+        )
 
 
 def _is_ours() -> bool:
@@ -234,7 +304,7 @@ def _running_ingress() -> Ingress:
     )
 
 
-def _announcement(spec: ServeSpec, url: str, ingress: Ingress, *, is_ours: bool) -> Iterator[str]:
+def _announcement(spec: ServeSpec, url: str, ingress: Ingress, *, stays: bool) -> Iterator[str]:
     yield f"serving {', '.join(spec.models)} at {url} (docs at {url}/docs)"
     yield f"ingress: {ingress.name}" + (f": {ingress.note}" if ingress.note else "")
     for port in ingress.ports:
@@ -243,8 +313,8 @@ def _announcement(spec: ServeSpec, url: str, ingress: Ingress, *, is_ours: bool)
         yield "keys: needed, as 'Authorization: Bearer KEY'"
     else:
         yield "keys: none, so only this machine can ask"
-    if not is_ours:
-        yield "host and port are those of the Serve that ran before, where there was one"
+    if stays:
+        yield "host and port are those of the Serve that ran before, and not what was asked for"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -5,6 +5,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -54,6 +55,105 @@ def test_replicas_of_the_file_hold_until_the_command_gives_some(registry: Regist
     assert settings(registry, settings=file, replicas=None).replicas == 4
     assert settings(registry, settings=file, replicas=2).replicas == 2
     assert settings(registry, replicas=None).replicas == 1
+
+
+def http_options(host: str | None = "127.0.0.1") -> Any:
+    from ray.serve.config import HTTPOptions
+
+    return HTTPOptions(host=host, port=8000)
+
+
+def app_of(name: str, status: str = "RUNNING", route: str = "/") -> dict[str, Any]:
+    return {name: {"status": status, "route_prefix": route}}
+
+
+@pytest.mark.parametrize(("host", "has_keys", "applications", "said"), [
+    ("127.0.0.1", False, {}, None), ("0.0.0.0", True, {}, None), ("::1", False, app_of("other", route="/other"), None),
+    ("127.0.0.1", False, app_of("claydist", "DEPLOY_FAILED"), None),
+    ("127.0.0.1", False, app_of("claydist", "DELETING"), None),
+    ("0.0.0.0", False, {}, "listens on 0.0.0.0, whatever --host says"), ("192.0.2.1", False, {}, "no keys"),
+    (None, True, {}, "does not listen"),
+    ("127.0.0.1", True, app_of("claydist", route="/elsewhere"), "has application 'claydist' at route /elsewhere"),
+    ("127.0.0.1", True, app_of("claydist", "DEPLOYING"), "would replace"),
+    ("127.0.0.1", True, app_of("other"), "has application 'other' at route /"),
+])  # fmt: skip
+def test_a_serve_that_runs_is_joined_only_where_it_is_safe(
+    host: str | None, has_keys: bool, applications: dict[str, Any], said: str | None
+) -> None:
+    spec = ServeSpec(models=("trees",), require_keys=has_keys)
+    if said is None:
+        run._check_running(spec, http_options(host), applications)
+    else:
+        with pytest.raises((ClusterError, SpecError), match=said):
+            run._check_running(spec, http_options(host), applications)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A Serve that does nothing; whether one ran `before`, its applications, and what was `done` to it."""
+    from ray import serve
+    from ray.serve import context
+
+    its = SimpleNamespace(before=None, started=None, applications={}, done=[])
+
+    def start(http_options: Any) -> None:
+        its.started = its.before or http_options
+
+    def client(raise_if_no_controller_running: bool = True) -> Any:
+        config = its.started or its.before
+        details = {"applications": its.applications}
+        return config and SimpleNamespace(http_config=config, get_serve_details=lambda: details)
+
+    monkeypatch.setattr(context, "_get_global_client", client)
+    monkeypatch.setattr(serve, "start", start)
+    monkeypatch.setattr(serve, "run", lambda *_, name, **__: its.applications.update(app_of(name)))
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=its.applications))
+    monkeypatch.setattr(run, "_end_serve", lambda: its.done.append("shutdown"))
+    monkeypatch.setattr(serve, "delete", its.done.append)
+    return its
+
+
+@pytest.mark.parametrize(("ran_before", "others", "is_ours", "done"), [
+    (False, {}, False, ["shutdown"]), (False, app_of("other", route="/other"), False, ["claydist"]),
+    (True, {}, False, ["claydist"]), (False, {}, True, []),
+])  # fmt: skip
+def test_a_joined_cluster_is_left_as_it_was_found(
+    calls: SimpleNamespace, ran_before: bool, others: dict[str, Any], is_ours: bool, done: list[str]
+) -> None:
+    calls.before = http_options("0.0.0.0") if ran_before else None
+    spec = ServeSpec(models=("trees",), require_keys=True)
+    with run._application(spec, "127.0.0.1", 9000, {}, is_ours=is_ours) as http:
+        calls.applications.update(others)
+        assert (http.host, http.port) == (("0.0.0.0", 8000) if ran_before else ("127.0.0.1", 9000))
+    assert calls.done == done
+
+
+def test_an_application_that_was_refused_or_failed_leaves_nothing(
+    calls: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RayServeException("a line\nthe last line\n")
+
+    calls.before = http_options("0.0.0.0")
+    with pytest.raises(SpecError, match="whatever --host says"):
+        run._application(ServeSpec(models=("trees",)), "127.0.0.1", 8000, {}, is_ours=False).__enter__()
+    assert (calls.done, calls.applications) == ([], {})
+    calls.before = None
+    monkeypatch.setattr(serve, "run", fail)
+    with pytest.raises(ClusterError, match="Serve does not start: the last line"):
+        run._application(ServeSpec(models=("trees",)), "127.0.0.1", 8000, {}, is_ours=False).__enter__()
+    assert calls.done == ["shutdown"]
+
+
+def test_where_it_listens_is_said_as_it_is() -> None:
+    spec = ServeSpec(models=("trees",), require_keys=True)
+    asked = list(run._announcement(spec, "http://127.0.0.1:8000", run.Ingress("python"), stays=False))
+    other = list(run._announcement(spec, "http://0.0.0.0:8000", run.Ingress("python"), stays=True))
+    assert not any("ran before" in line for line in asked)
+    assert "not what was asked for" in other[-1]
 
 
 def test_a_taken_port_is_said_in_one_line() -> None:
