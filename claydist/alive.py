@@ -1,4 +1,4 @@
-"""Whether a process that wrote its name down still runs: on this host by its start, on any by a lease that it renews."""
+"""Whether a process that wrote its name down still runs: here by its start, elsewhere by a lease that it renews."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RENEW_S = 15.0
 
 
 def here() -> str:
-    """This host with its boot and pid namespace, in which a pid is one process."""
+    """Name of the host with its boot and pid namespace, in which a pid is one process."""
     boot = namespace = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

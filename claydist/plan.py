@@ -13,6 +13,7 @@ from claydist.memory import estimate_mb
 from claydist.preparation import open_tables, plan_workers, split_plan
 from claydist.schema import column_of, decide_roles
 from claydist.spec import TrainSpec
+from claydist.storage import redact
 
 
 def make_plan(spec: TrainSpec) -> dict[str, Any]:
@@ -25,7 +26,8 @@ def make_plan(spec: TrainSpec) -> dict[str, Any]:
     """
     found, layout = cluster.nodes(), plan_workers(spec)
     inventory = open_tables(spec).main
-    where = ", ".join(spec.data.path)
+    paths = [redact(url) for url in spec.data.path]
+    where = ", ".join(paths)
     roles = decide_roles(spec.data, inventory.schema, where, split_plan(spec).columns)
     columns = [column_of(inventory.schema.field(name), where) for name in roles.features]
     fields = [inventory.schema.field(name) for name in roles.features]
@@ -33,7 +35,7 @@ def make_plan(spec: TrainSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "kind": spec.model.kind,
-        "input": {"paths": list(spec.data.path), "files": len(inventory.files), "rows": inventory.n_rows,
+        "input": {"paths": paths, "files": len(inventory.files), "rows": inventory.n_rows,
                   "mb": round(inventory.n_bytes / 1e6, 1), "fingerprint": inventory.fingerprint},
         "features": {c.name: "categorical" if is_categorical(c, spec.data) else c.describe() for c in columns},
         "roles": {"label": roles.label, "weight": roles.weight, "offset": roles.offset, "group": roles.group},

@@ -27,6 +27,7 @@ from claydist.profile import ColumnProfile, ColumnSums
 from claydist.registry import Registry, open_registry, registry_url
 from claydist.schema import Column, Roles, Schema, column_of, decide_roles, type_of
 from claydist.spec import LinearSpec, ScoreSpec, TrainSpec, XGBoostSpec
+from claydist.storage import redact
 from claydist.training.boosting import check_params
 from claydist.training.linear import LOSSES
 
@@ -149,7 +150,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     SpecError : when parts of the spec do not fit the data's types.
     """
     data, main = spec.data, tables.main
-    where = ", ".join(data.path)
+    where = ", ".join(map(redact, data.path))
     split = split_plan(spec)
     expressions = [parse(text) for text in (data.where, *spec.slices, *(g.slice for g in spec.goals)) if text]
     for expression in expressions:
@@ -162,7 +163,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
     sums = summarise(plan, cluster.run_tasks)
     for name, apart in tables.separate.items():
-        _check_separate(apart, main, schema, roles, ", ".join(getattr(spec.split, name).path))
+        _check_separate(apart, main, schema, roles, ", ".join(map(redact, getattr(spec.split, name).path)))
     parts, labels, held_out = _parts(spec, tables, plan, sums)
     if not parts["train"].n_rows:
         raise DataError("the split leaves no rows to train on; look at data.where and split")

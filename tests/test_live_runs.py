@@ -58,7 +58,7 @@ def test_a_run_on_another_host_is_lost_when_its_lease_is_over(spec: TrainSpec, m
     run = run.update(layout={"n_workers": 1, "n_threads": 1}, host="old-pod/boot/pid:[1]", pid=os.getpid())
     with run.kept_alive():
         assert [r.state for r in list_runs(registry)] == ["running"]
-        with pytest.raises(TrainingError, match="still going on, as process .* of old-pod"):
+        with pytest.raises(TrainingError, match=r"still going on, as process .* of old-pod"):
             train(spec, registry, Silent(), resume=True)
     monkeypatch.setattr(alive, "LEASE_S", 0.0)  # what it wrote a moment ago does not count any more
     trained = train(spec, registry, Silent(), resume=True)

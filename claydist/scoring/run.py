@@ -28,7 +28,7 @@ from claydist.scoring.work import RayWork, Work
 from claydist.scoring.worker import ModelFiles, Scored, ScoreTask, UnitWork, score_task
 from claydist.sketch import Sketch
 from claydist.spec import ScoreSpec
-from claydist.storage import open_store
+from claydist.storage import open_store, redact
 
 WAIT_EVERY_S = 0.5
 
@@ -124,9 +124,11 @@ class _Scoring:
         trained = {c.name: c.type for c in schema.columns if c.type not in ("decimal", "date")}
         types = {**trained, **self.spec.types}
         inventory = take_inventory(self.spec.input, options=self.spec.storage_options, types=types, run=self.work.map)
+        checks.check_input_visible(inventory)
         checks.check_apart(self.spec, inventory, self.output)
         checks.check_output(self.output, self.rule)
         checks.check_columns(self.spec, self.rule, inventory, self.bundle.predictor)
+        checks.check_output_visible(self.output)
         return inventory
 
     def _plan(self) -> list[DateRun]:
@@ -151,7 +153,7 @@ class _Scoring:
             dates.append(one)
         if not dates or (len(dates) == 1 and dates[0].status == "empty"):
             reason = dates[0].reason if dates else "the input has no row"
-            raise DataError(f"{reason}; nothing was published ({', '.join(self.spec.input)})")
+            raise DataError(f"{reason}; nothing was published ({', '.join(map(redact, self.spec.input))})")
         return dates
 
     def _work_on(self, dates: Sequence[DateRun]) -> None:
