@@ -159,16 +159,26 @@ def capacity(port: int, body: bytes, seconds: float = 5) -> float:
 
 
 def overloaded(port: int) -> dict[str, Any]:
-    """Answers at four times the rate, and the replica's memory before and after."""
+    """Answers at four times the rate, and the replica's memory before and, a few times, meanwhile."""
     body, pid = body_of(ROWS_OF_LOAD), replica()
-    rate, before = capacity(port, body), pss_mb(pid)
+    rate = capacity(port, body)
+    memory, ended = [pss_mb(pid)], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(OVERLOAD_S / 5):
+            memory.append(pss_mb(pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     answers = asyncio.run(paced(port, body, OVERLOAD * rate, OVERLOAD_S))
+    ended.set()
+    watcher.join()
     refused = [a for a in answers if a[0] == 503]
     return {
         "rows_a_request": ROWS_OF_LOAD, "capacity_per_s": round(rate, 1), "asked_per_s": round(OVERLOAD * rate, 1),
         "answers": dict(Counter(str(a[0]) for a in answers)), "503_with_retry_after": sum(a[1] for a in refused),
         "longest_accepted_s": round(max((a[2] for a in answers if a[0] == 200), default=0.0), 2),
-        "memory_mb": [round(before, 1), round(pss_mb(pid), 1)],
+        "memory_mb": [round(mb) for mb in memory],
     }  # fmt: skip
 
 
