@@ -75,8 +75,8 @@ class Lease:
         self._renewed.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._renewed.__exit__()
+    def __exit__(self, *error: object) -> None:
+        self._renewed.__exit__(*error)
 
     def _file(self, run: str) -> Store:
         return self.output.join(FOLDER, f"{run}.lease")

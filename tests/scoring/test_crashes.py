@@ -17,9 +17,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import claydist.storage
+from claydist.alive import Renewed
 from claydist.errors import ClaydistError, StorageError
 from claydist.scoring import publish, publisher, swap
-from claydist.scoring.lock import Lease
 from claydist.scoring.readers import read_scores
 from claydist.storage import open_store
 from tests.scoring.support import (
@@ -82,17 +82,17 @@ def bomb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bomb]:
     monkeypatch.setattr(publish, "GRACE_S", 0.0)
     monkeypatch.setattr(publisher, "MOST_DATES", 0)
     # A crash ends the lease's owner; here its process lives on, and only the lease's end tells.
-    leave = Lease.__exit__
+    leave = Renewed.__exit__
 
-    def exit_(self: Lease, kind: Any = None, *rest: Any) -> None:
+    def exit_(self: Renewed, kind: Any = None, *rest: Any) -> None:
         self._stop.set()
         self._thread.join()
         if kind is Crash:
-            Path(self._file.path).unlink(missing_ok=True)
+            Path(self.place.path).unlink(missing_ok=True)
         else:
             leave(self, kind, *rest)
 
-    monkeypatch.setattr(Lease, "__exit__", exit_)
+    monkeypatch.setattr(Renewed, "__exit__", exit_)
     yield armed
     armed.at = None
 
@@ -178,18 +178,18 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Bomb]]:
 
     for name in ("pipe_file", "cp_file", "rm_file"):
         monkeypatch.setattr(MemoryFileSystem, name, armed.wrap(getattr(MemoryFileSystem, name), is_output))
-    leave = Lease.__exit__
+    leave = Renewed.__exit__
 
-    def exit_(self: Lease, kind: Any = None, *rest: Any) -> None:
+    def exit_(self: Renewed, kind: Any = None, *rest: Any) -> None:
         if kind is not Crash:
             leave(self, kind, *rest)
             return
         self._stop.set()
         self._thread.join()
         with suppress(StorageError):
-            self._file.remove()
+            self.place.remove()
 
-    monkeypatch.setattr(Lease, "__exit__", exit_)
+    monkeypatch.setattr(Renewed, "__exit__", exit_)
     yield url, armed
     armed.at = None
     open_store(url).remove(recursive=True)
