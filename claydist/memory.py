@@ -13,7 +13,6 @@ from claydist.features import is_categorical
 from claydist.preparation import Prepared
 from claydist.schema import column_of
 from claydist.spec import DataSpec, TrainSpec, XGBoostSpec
-from claydist.training.job import KEEP_BYTES
 
 # What a worker process holds before it has read a row: Ray, numpy, pyarrow, xgboost and what they import.
 BASE_MB = 300
@@ -31,8 +30,8 @@ RANKING_COPIES = 3
 def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_workers: int, n_classes: int = 1) -> float:
     """Estimated peak PSS of one training worker in MB (10^6 bytes).
 
-    A boosted model's shard of up to KEEP_BYTES is held besides while it is binned, that of a ranking whatever its size;
-    a linear model keeps each column in the width that it is computed with.
+    Of a ranking all encoded rows are held besides while they are binned; a linear model keeps each column in the width
+    that it is computed with.
 
     Parameters
     ----------
@@ -45,11 +44,8 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
     batches = 12 * BATCH_ROWS * len(widths)
     if isinstance(spec.model, XGBoostSpec):
         width = 1 if int(spec.model.params.get("max_bin", 256)) <= 256 else 2
-        matrix = 4 * cells
-        kept = matrix if matrix <= KEEP_BYTES else 0
-        if spec.data.group is not None:
-            # The matrix is made when the first two copies are gone, and is not larger.
-            kept = RANKING_COPIES * rows * sum(widths)
+        # The matrix is made when the first two copies are gone, and is not larger.
+        kept = RANKING_COPIES * rows * sum(widths) if spec.data.group is not None else 0
         row = ROW_BYTES + OUTPUT_BYTES * (max(n_classes, len(spec.model.quantiles), 1) - 1)
         return BASE_MB + (INDEX_COPIES * width * cells + kept + row * rows + batches) / 1e6
     return BASE_MB + (rows * (sum(widths) + 32) + batches) / 1e6

@@ -13,10 +13,9 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xgboost as xgb
@@ -28,15 +27,16 @@ from claydist.models.boosted import is_random, position_names
 from claydist.spec import XGBoostSpec
 from claydist.storage import Store
 from claydist.training.checkpoints import find_checkpoint, save_checkpoint
-from claydist.training.job import KEEP_BYTES, Batch, Shard, ShardRows, TrainJob, by_group
+from claydist.training.job import Batch, Shard, ShardRows, TrainJob, by_group
 from claydist.training.progress import Reporter
-
-T = TypeVar("T")
+from claydist.training.spill import Spill, has_room
 
 FIRST_SEGMENT = 25
 SAMPLED_ROWS = 200_000
 SAMPLED_GROUPS = 16
 SAMPLED_SHARE = 10
+# Of label, weight, offset and query beside the matrix.
+ROW_BYTES = 32
 # The metric of the training rows is for the eye: beyond so many rows only every 25th round is looked at.
 TRAIN_METRIC_ROWS = 200_000
 TRAIN_METRIC_EVERY = 25
@@ -107,24 +107,27 @@ class History:
 
 
 class ShardIter(xgb.DataIter):
-    """The shard's batches as XGBoost passes over them (four times for a quantile matrix).
+    """The batches of a shard as XGBoost passes over them, four times for a quantile matrix.
+
+    They are made on XGBoost's own thread: its other threads wait at the end of each step for the slowest, so that one
+    beside them, which takes a core from them, costs more than it saves.
 
     Parameters
     ----------
     make : the batches of one pass, as arguments of XGBoost's `input_data`.
-    keep : hold the batches of the first pass for the others, instead of making them again.
+    n_bytes : of all their arrays; where there is room for them the first pass is written to a file for the others.
     """
 
-    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], *, keep: bool) -> None:
+    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], n_bytes: int) -> None:
         super().__init__(release_data=True)
         self._make = make
-        self._kept: list[dict[str, Any]] | None = None
-        self._keep = keep
+        self._has_room = has_room(n_bytes)
+        self._spill: Spill | None = None
         self._batches: Iterator[dict[str, Any]] = iter(())
 
     def reset(self) -> None:
         """Start the next pass."""
-        self._batches = self._first_pass() if self._kept is None else iter(self._kept)
+        self._batches = self._first_pass() if self._spill is None else self._spill.read()
 
     def next(self, input_data: Callable[..., Any]) -> bool:
         """Hand over the next batch; False at the end of a pass."""
@@ -135,23 +138,15 @@ class ShardIter(xgb.DataIter):
         return True
 
     def _first_pass(self) -> Iterator[dict[str, Any]]:
-        kept = []
-        for batch in one_ahead(self._make()):
-            if self._keep:
-                kept.append(batch)
+        spill = Spill() if self._has_room else None
+        for batch in self._make():
+            if self._has_room and spill is not None:
+                try:
+                    spill.write(batch)
+                except OSError:  # somebody else has filled the disk: the other passes make them anew
+                    self._has_room = False
             yield batch
-        if self._keep:
-            self._kept = kept
-
-
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, of which the next is made on another thread while one is in use."""
-    end = object()
-    with ThreadPoolExecutor(1, "claydist-read") as thread:
-        coming: Future[Any] = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item
+        self._spill = spill if self._has_room else None
 
 
 def shard_inputs(shard: Shard, reporter: Reporter, part: str) -> Iterator[dict[str, Any]]:
@@ -300,8 +295,8 @@ def _matrices(job: TrainJob, rank: int, reporter: Reporter) -> dict[str, xgb.Qua
     cuts = _sample_matrix(job, rank) if isinstance(job.model, XGBoostSpec) and job.model.binning == "sample" else None
     for part in job.parts:
         shard = job.shard(part, rank)
-        keep = shard.n_rows * len(job.plan.features) * 4 <= KEEP_BYTES or job.roles.group is not None
-        rows = ShardIter(partial(shard_inputs, shard, reporter, part), keep=keep)
+        n_bytes = shard.n_rows * (4 * len(job.plan.features) + ROW_BYTES)
+        rows = ShardIter(partial(shard_inputs, shard, reporter, part), n_bytes)
         matrices[part] = _quantile_matrix(job, rows, matrices.get("train", cuts))
         del rows
         gc.collect()
@@ -315,7 +310,7 @@ def _sample_matrix(job: TrainJob, rank: int) -> xgb.QuantileDMatrix:
         raise SpecError("model.binning 'sample' cannot sample whole queries; use 'exact' for a ranking")
     n_sample = max(1, SAMPLED_ROWS * shard.n_rows // job.parts["train"].n_rows)
     sample = sampled_inputs(shard, n_sample)
-    return _quantile_matrix(job, ShardIter(lambda: iter(sample), keep=True), None)
+    return _quantile_matrix(job, ShardIter(lambda: iter(sample), 0), None)
 
 
 def _quantile_matrix(job: TrainJob, rows: ShardIter, cuts: xgb.QuantileDMatrix | None) -> xgb.QuantileDMatrix:

@@ -22,9 +22,6 @@ from claydist.schema import Roles
 from claydist.spec import LinearSpec, XGBoostSpec
 from claydist.storage import Store
 
-# A shard whose encoded float32 matrix is not larger is kept between XGBoost's passes over it, else it is read again.
-KEEP_BYTES = 256 * 2**20
-
 
 @dataclass(frozen=True)
 class ShardRows:
