@@ -181,9 +181,13 @@ def run_way(way: str, folder: Path) -> dict[str, Any]:
 
 def plan_many(folder: Path, n_files: int) -> None:
     """Seconds to plan the scoring of many small files by day."""
-    from claydist.dataset.footers import take_inventory
-    from claydist.scoring import dates, units
+    from claydist.scoring import units
+    from claydist.scoring.choice import Choice
+    from claydist.scoring.dates import DateRule
+    from claydist.scoring.input import find_input
     from claydist.spec import ScoreSpec
+    from claydist.specfile import load_spec
+    from claydist.storage import open_store
 
     source = folder / "many"
     if not source.exists():
@@ -192,13 +196,12 @@ def plan_many(folder: Path, n_files: int) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table({"id": [number], **{name: [0.5] for name in NAMES}}), place)
     began = time.monotonic()
-    inventory = take_inventory(str(source))
-    rule = dates.DateRule("dt", ("dt",))
-    found = dates.find_dates(inventory, rule, None, lambda f, items: [f(item) for item in items])
-    planned = [units.plan_partition(inventory, rule, day, rows, "m", "s") for day, rows in found.items()]
+    spec = load_spec(ScoreSpec, {"model": "m", "input": str(source), "output": str(folder / "planned"), "date": "dt"})
+    rule, choice, output = DateRule.of(spec), Choice.of(None, None, None), open_store(spec.output)
+    found = find_input(spec, rule, choice, output, {}, lambda f, items: [f(item) for item in items])
+    planned = [units.plan_partition(has.inventory, rule, day, has.rows, "m", "s") for day, has in found.items()]
     n_units = sum(len(p.units) for p in planned)
     print(json.dumps({"files": n_files, "units": n_units, "plan_s": round(time.monotonic() - began, 2)}))
-    assert ScoreSpec
 
 
 def main() -> None:
