@@ -309,6 +309,7 @@ def test_dates_asked_for_that_cannot_be(arguments: tuple[Any, Any, Any], match: 
         ({"max_quarantined": 1.5}, "expected a whole number of rows, or a fraction below 1"),
         ({"key": ["id", "id"]}, r"key names \['id'\] more than once"),
         ({"date": {"year": "y", "month": "y", "day": "d"}}, "each a column of its own"),
+        ({"date": {"year": "y", "month": "m", "day": "d"}, "key": ["id", "dt"]}, "key names 'dt', which is what"),
     ],
 )
 def test_specs_that_are_wrong_by_themselves(more: dict[str, Any], match: str) -> None:
