@@ -142,6 +142,14 @@ class DateRun:
         if manifest is not None:
             self.n_rows, self.n_quarantined = manifest["rows"], manifest["quarantined"]
 
+    def withdrawn(self, reason: str) -> bool:
+        """True where a date that has no row to score is published, which then is what became of it."""
+        if self.current.manifest is None:
+            return False
+        said = "the published rows stay, and are read until they are replaced or their folder is removed"
+        self.ended("stale", f"{reason}; {said}", self.current.manifest)
+        return True
+
     def failed(self, error: ClaydistError) -> None:
         """Set why the date cannot be published."""
         self.error = error

@@ -21,10 +21,10 @@ from claydist.scoring.dates import DateRule, folder_of, only_files
 from claydist.scoring.input import DateInput, find_input
 from claydist.scoring.lock import Lease, Owner
 from claydist.scoring.progress import Board
-from claydist.scoring.publish import look, settle
+from claydist.scoring.publish import COMMITS, look, settle
 from claydist.scoring.publisher import Publisher
 from claydist.scoring.staging import Staging, each
-from claydist.scoring.units import Partition, inputs_digest, plan_partition, spec_part
+from claydist.scoring.units import Partition, State, inputs_digest, plan_partition, spec_part
 from claydist.scoring.work import RayWork, Work
 from claydist.scoring.worker import ModelFiles, Scored, ScoreTask, UnitWork, score_task
 from claydist.sketch import Sketch
@@ -65,7 +65,7 @@ def score(
         `GateFailed`, ...).
     """
     choice = Choice.of(date, start, stop, replace, replace_stale, wait)
-    return _Scoring(spec, registry, display, choice, work or RayWork(spec.max_cpus)).execute()
+    return _Scoring(spec, registry, display, choice, work or RayWork(spec.max_cpus, display.say)).execute()
 
 
 class _Scoring:
@@ -95,6 +95,7 @@ class _Scoring:
         try:
             with self.run.kept_alive():
                 self._work_on(dates)
+                self._clean_withdrawn(dates)
         except BaseException as e:
             self.run.fail(e)
             raise
@@ -128,11 +129,12 @@ class _Scoring:
         types = {**trained, **self.spec.types}
         found = find_input(self.spec, self.rule, self.choice, self.output, types, self.work.map)
         dates = [self._date(day, found.get(day, DateInput())) for day in self.choice.days(found)]
+        self._look_for_withdrawn([one for one in dates if one.day not in found])
         where = ", ".join(map(redact, self.spec.input))
         if not dates or (len(dates) == 1 and dates[0].status == "empty"):
             reason = dates[0].reason if dates else f"the input has no row{self.choice.describe()}"
             raise DataError(f"{reason}; nothing was published ({where})")
-        problems = [one.error or one.problem for one in dates if one.status != "empty"]
+        problems = [one.error or one.problem for one in dates if one.partition is not None or one.error is not None]
         if problems and problems[0] and len({str(problem) for problem in problems}) == 1:
             raise problems[0]  # the same of every date is wrong with the spec or the whole input
         checks.check_output_visible(self.output)
@@ -154,6 +156,33 @@ class _Scoring:
             except ClaydistError as e:
                 one.problem = e
         return one
+
+    def _look_for_withdrawn(self, dates: Sequence[DateRun]) -> None:
+        """Of dates that the input has no row of, say which are published all the same."""
+        names = {*self.output.list(), *self.output.join(COMMITS).list()} if dates else ()
+
+        def look_at(one: DateRun) -> None:
+            try:
+                one.current = look(self.output, one.folder)
+            except ClaydistError as e:
+                one.failed(e)
+            else:
+                one.withdrawn(f"the input has no row{f' of {one.day}' if one.day else ''} any more")
+
+        each(look_at, [one for one in dates if one.folder in names])
+
+    def _clean_withdrawn(self, dates: Sequence[DateRun]) -> None:
+        """Remove what is staged of published dates that the input has no row of, as far as no other run is at them."""
+        gone = [one for one in dates if one.partition is None and one.status == "stale"]
+        names = self.staging.names() if gone else []
+        left = [Partition(one.day, one.folder, (), State("", "", "")) for one in gone]
+        left = [partition for partition in left if any(name.startswith(partition.any_prefix) for name in names)]
+        if not left:
+            return
+        with Lease(self.output, Owner.me(self.run.run_id)) as lease:
+            for partition in left:
+                if lease.try_lock(partition.folder) is None:
+                    self.staging.clean(partition, (), self.run.run_id, names)
 
     def _work_on(self, dates: Sequence[DateRun]) -> None:
         open_dates = [one for one in dates if one.partition is not None]
@@ -249,6 +278,8 @@ class _Scoring:
                 try:
                     if not one.error:
                         publisher.publish(one, names)
+                    if one.status == "empty" and one.withdrawn(f"{one.reason} any more"):
+                        self.staging.clean(one.planned, one.staged.values(), one.run, names)
                 except ClaydistError as e:
                     one.failed(e)
 

@@ -224,8 +224,49 @@ def test_where_leaves_rows_out_and_accounts_for_them(tmp_path: Path) -> None:
     kept = {day: rows.filter(pa.compute.equal(rows["city"], "Brno")) for day, rows in days.items()}
     assert read_scores(str(tmp_path / "out")).equals(expected(predictor, kept))
     assert [one["rows"] for one in summary.summary["dates"]] == [len(rows) for rows in kept.values()]
-    nothing = run_score(make_spec(tmp_path, where="x > 100"), registry, replace=True)
+    nothing = run_score(make_spec(tmp_path, where="x > 100", output=str(tmp_path / "other")), registry)
     assert set(statuses(nothing).values()) == {"empty"}
+
+
+@pytest.mark.parametrize("way", ["gone", "gone, by name", "where"])
+def test_a_published_date_whose_rows_are_withdrawn_is_stale_and_stays(tmp_path: Path, way: str) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    run_score(make_spec(tmp_path), registry)
+    before = read_scores(str(tmp_path / "out"))
+    staging = tmp_path / "out" / "_staging"
+    (staging / f"dt={DAYS[1]}~0123456789ab~run").write_text("{}")
+    (staging / f"dt={DAYS[0]}~0123456789ab~run").write_text("{}")
+    spec = make_spec(tmp_path, where="x > 100" if way == "where" else None)
+    if way != "where":
+        shutil.rmtree(tmp_path / "in" / f"dt={DAYS[1]}")
+    asked = {"date": DAYS[1]} if way == "gone, by name" else {"start": DAYS[0], "stop": DAYS[2]}
+    summary = run_score(spec, registry, replace_stale=True, **asked)
+    one = next(found for found in summary.summary["dates"] if found["date"] == DAYS[1])
+    assert {name: one[name] for name in ("status", "rows", "uri")} == {
+        "status": "stale", "rows": 40, "uri": str(tmp_path / "out" / f"dt={DAYS[1]}"),
+    }  # fmt: skip
+    assert "any more; the published rows stay" in one["reason"]
+    assert summary.exit_code == 0
+    assert read_scores(str(tmp_path / "out")).equals(before)
+    left = [] if way == "where" else [f"dt={DAYS[0]}~0123456789ab~run"]
+    assert [path.name for path in staging.iterdir()] == left, "of the withdrawn date nothing is left"
+    if way == "gone":
+        assert statuses(summary) == {DAYS[0]: "already", DAYS[1]: "stale", DAYS[2]: "empty"}
+        assert statuses(run_score(spec, registry)) == {DAYS[0]: "already"}, "of all dates those of the input are meant"
+
+
+def test_staged_files_of_a_withdrawn_date_that_another_run_holds_stay(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    run_score(make_spec(tmp_path), registry)
+    place = tmp_path / "out" / "_staging" / f"dt={DAYS[1]}~0123456789ab~run"
+    place.write_text("{}")
+    shutil.rmtree(tmp_path / "in" / f"dt={DAYS[1]}")
+    with Lease(open_store(tmp_path / "out"), Owner.me("somebody")) as lease:
+        assert lease.try_lock(f"dt={DAYS[1]}") is None
+        assert statuses(run_score(make_spec(tmp_path), registry, date=DAYS[1])) == {DAYS[1]: "stale"}
+    assert place.exists()
 
 
 def test_a_date_waits_for_the_marker_of_its_input(tmp_path: Path) -> None:
