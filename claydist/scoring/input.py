@@ -62,7 +62,6 @@ def find_input(
         complete = checks.find_markers((f.store for f in early.asked), rule, spec.require)
     listing = _list(spec, rule, choice)
     checks.check_apart(spec, (f.store for f in listing.files), output, _folders(listing, rule, choice))
-    checks.check_input_visible(listing.asked)
 
     def lacking(stores: Iterable[Store]) -> str | None:
         return checks.missing_marker(stores, rule, complete) if spec.require else None
@@ -113,6 +112,7 @@ def _find_by_path(
     """Each date with an inventory of its own, so that a file that cannot be used is its date's trouble only."""
     waiting = {day: DateInput(lacking=folder) for day, f in by_day.items() if (folder := lacking(x.store for x in f))}
     opened = {day: found for day, found in by_day.items() if day not in waiting}
+    checks.check_input_visible(f for found in opened.values() for f in found)
     inventories = take_inventories(list(opened.values()), types=types, run=run)
     inputs = dict(waiting)
     for day, inventory in zip(opened, inventories, strict=True):
@@ -128,6 +128,7 @@ def _find_inside(
     lacking: Lacking, run: Run,
 ) -> dict[Day, DateInput]:  # fmt: skip
     """Dates that are looked for in the files, all of which have to be opened."""
+    checks.check_input_visible(found)
     (inventory,) = take_inventories([found], types=types, run=run)
     if isinstance(inventory, DataError):
         raise inventory

@@ -51,7 +51,7 @@ def score(
 
     Parameters
     ----------
-    date, start, stop : one date, or a range with both ends (an open end is that of the input); all dates without.
+    date, start, stop : one date, or a range with both ends (with an open one the dates found in it); all without.
     replace, replace_stale, wait : as in `Choice`.
     work : where tasks run; Ray where not given.
 
