@@ -195,7 +195,9 @@ def evaluate(
 def score(
     spec: SpecPath,
     date: Annotated[str | None, typer.Option("--date", help="Score this date, e.g. 2026-11-21.")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="Score the dates from this one on.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Score the dates from this one on; without --to those found.")
+    ] = None,
     stop: Annotated[str | None, typer.Option("--to", help="Score the dates up to this one.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Score published dates again.")] = False,
     replace_stale: Annotated[

@@ -19,6 +19,7 @@ R = TypeVar("R")
 
 QUIET_S = 3.0
 PROBE_S = 15.0
+IDLE_S = 60.0
 
 # Read by Ray when it is imported or a trainer starts; set by whoever wants otherwise.
 _ENVIRONMENT = {
@@ -261,6 +262,7 @@ def run_tasks(
     *,
     max_cpus: int | None = None,
     on_done: Callable[[int, R], None] | None = None,
+    on_idle: Callable[[int, float], None] | None = None,
     max_retries: int = 5,
 ) -> list[R]:
     """Results of `function(item)`, or `function(item, shared)`, each by a Ray task of one CPU, in the order of items.
@@ -270,6 +272,8 @@ def run_tasks(
     shared : what every task needs; it is sent to each node once.
     max_cpus : tasks under way at once at the most; as many as the cluster has CPUs and twice over, where not given.
     on_done : called on this thread with index and result as each ends.
+    on_idle : called with the number of tasks under way or waiting for a CPU, and the seconds since one has ended, every
+        IDLE_S of these seconds.
 
     Raises
     ------
@@ -285,13 +289,17 @@ def run_tasks(
     results: list[Any] = [None] * len(items)
     pending: dict[Any, int] = {}
     waiting = iter(enumerate(items))
+    idle_s = 0.0
     try:
         while True:
             while len(pending) < width and (following := next(waiting, None)) is not None:
                 pending[remote.remote(following[1], *more)] = following[0]
             if not pending:
                 return results
-            done, _ = ray.wait(list(pending), num_returns=1)
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=IDLE_S)
+            idle_s = 0.0 if done else idle_s + IDLE_S
+            if on_idle and not done:
+                on_idle(len(pending), idle_s)
             for ref in done:
                 index = pending.pop(ref)
                 results[index] = ray.get(ref)

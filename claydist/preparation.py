@@ -342,11 +342,20 @@ def check_visible(tables: Tables) -> None:
     ------
     DataError : with the nodes that do not, and what they see.
     """
-    local = {
+    check_same_sizes({
         store.path: entry.size
         for table in (tables.main, *tables.separate.values())
         for store, entry in zip(table.stores, table.files, strict=True) if store.is_local
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def check_same_sizes(local: Mapping[str, int]) -> None:
+    """Pass when every node sees these local files, by path, with these sizes in bytes.
+
+    Raises
+    ------
+    DataError : with the nodes that do not, and what they see.
+    """
     if not local or len({node.address for node in cluster.nodes()}) < 2:
         return
     problems = [problem for seen in cluster.run_on_every_node(_differing_sizes, local) for problem in seen[:5]]

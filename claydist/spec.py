@@ -311,6 +311,8 @@ class ScoreSpec(_Frozen):
             set(self.date) != {"year", "month", "day"} or len(set(self.date.values())) < 3
         ):
             problems.append(f"date: expected year, month and day, each a column of its own, found {dict(self.date)}")
+        if isinstance(self.date, dict) and "dt" in self.key:
+            problems.append("key names 'dt', which is what the date is published under; rename it in the input")
         if twice := sorted({name for name in self.key if self.key.count(name) > 1}):
             problems.append(f"key names {twice} more than once")
         if self.max_quarantined > 1 and self.max_quarantined != int(self.max_quarantined):

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,11 +208,8 @@ class Store:
         ----------
         pattern : relative to this store; `*` and `?` stay within one part, `**` spans parts, `[ab]` is one of a set.
         """
-        try:
-            matches = re.compile(glob_translate(pattern.strip("/"))).match
-        except ValueError as e:
-            raise StorageError(f"expected a pattern below {self.url}, found {pattern!r}: {e}") from e
-        return [f for f in self.files() if any(matches(path) for path in _prefixes(f.path))]
+        matches = glob_matcher(pattern, self.url)
+        return [f for f in self.files() if matches(f.path)]
 
     def info(self) -> FileInfo:
         """Name, size and stamp of the file."""
@@ -318,6 +315,15 @@ def split_glob(url: str) -> tuple[str, str | None]:
         return url, None
     root = "/".join(parts[:wild]) or ("/" if parts[0] == "" else "" if scheme else ".")
     return url[:start] + root, "/".join(parts[wild:])
+
+
+def glob_matcher(pattern: str, where: str) -> Callable[[str], bool]:
+    """What says whether a path below `where` matches, or one of the directories in it."""
+    try:
+        matches = re.compile(glob_translate(pattern.strip("/"))).match
+    except ValueError as e:
+        raise StorageError(f"expected a pattern below {where}, found {pattern!r}: {e}") from e
+    return lambda path: any(matches(part) for part in _prefixes(path))
 
 
 def sha256(data: bytes) -> str:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +148,27 @@ def test_a_cluster_that_was_found_is_asked_with_the_token_at_home(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with cluster.connected(address):
         assert asked == [(target, was_found)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_long_wait_is_said_and_ends_with_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise SystemExit(143)
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+
+    monkeypatch.setattr(cluster, "IDLE_S", 0.5)
+    said: list[tuple[int, float]] = []
+    before = signal.signal(signal.SIGTERM, stop)
+    timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(SystemExit):
+            cluster.run_tasks(sleep, [30.0], on_idle=lambda n, seconds: said.append((n, seconds)))
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 20
+    assert said[:3] == [(1, 0.5), (1, 1.0), (1, 1.5)]

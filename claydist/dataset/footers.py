@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pat
 
 from claydist.dataset.listing import Found, Keys, find_files, shared_files
 from claydist.dataset.unify import key_scalar, key_types, unify
@@ -178,10 +179,34 @@ def take_inventory(
     StorageError : a place cannot be listed.
     """
     found = find_files([urls] if isinstance(urls, str) else list(urls), options)
-    footers = _read_all(found, run)
+    (inventory,) = take_inventories([found], types=types, run=run)
+    if isinstance(inventory, DataError):
+        raise inventory
+    return inventory
+
+
+def take_inventories(
+    groups: Sequence[Sequence[Found]], *, types: Mapping[str, str] | None = None, run: Run | None = None
+) -> list[Inventory | DataError]:
+    """The inventory of each group of files, or why it has none; all footers are read in one pass.
+
+    Groups are as apart as inputs of their own: what is wrong with a file is its group's trouble only.
+    """
+    footers = iter(_read_all([f for found in groups for f in found], run))
+    return [_inventory(found, [next(footers) for _ in found], types or {}) for found in groups]
+
+
+def declared_types(found: Iterable[Found], types: Mapping[str, str]) -> dict[str, str]:
+    """`types`, and for each Hive key without one the type that the values in all these paths have together."""
+    inferred = key_types(_key_values(found), {})
+    words = {name: "integer" if pat.is_integer(kind) else "string" for name, kind in inferred.items()}
+    return {**types, **{name: word for name, word in words.items() if types.get(name) in (None, "category")}}
+
+
+def _inventory(found: Sequence[Found], footers: Sequence[Footer], types: Mapping[str, str]) -> Inventory | DataError:
     if problems := [f"{f.store.url}: {foot.problem}" for f, foot in zip(found, footers, strict=True) if foot.problem]:
         more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        raise DataError(
+        return DataError(
             "files of the input cannot be used; write them anew, move them out of the input, or name them with '_'",
             [*problems[:_LISTED], *more],
         )
@@ -193,16 +218,23 @@ def take_inventory(
         )
         for f, foot in zip(found, footers, strict=True)
     )  # fmt: skip
-    key_values: dict[str, set[str | None]] = {}
-    for entry in files:
-        for name, value in entry.keys:
-            key_values.setdefault(name, set()).add(value)
-    keys = key_types(key_values, types or {})
     schemas = tuple(numbers)
-    schema = unify(schemas, [(entry.url, entry.schema) for entry in files], skip=keys)
+    try:
+        keys = key_types(_key_values(found), types)
+        schema = unify(schemas, [(entry.url, entry.schema) for entry in files], skip=keys)
+    except DataError as e:
+        return e
     for name, kind in keys.items():
         schema = schema.append(pa.field(name, kind))
     return Inventory(files, schemas, schema, _fingerprint(files, schema), tuple(f.store for f in found))
+
+
+def _key_values(found: Iterable[Found]) -> dict[str, set[str | None]]:
+    values: dict[str, set[str | None]] = {}
+    for f in found:
+        for name, value in f.keys:
+            values.setdefault(name, set()).add(value)
+    return values
 
 
 def read_footers(files: Sequence[Found]) -> list[Footer]:

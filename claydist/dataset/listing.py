@@ -66,6 +66,11 @@ def find_files(urls: Sequence[str], options: Mapping[str, Any] | None = None) ->
     return sorted(placed, key=lambda f: (f.path, f.store.url, f.store.path))
 
 
+def is_data(path: str) -> bool:
+    """True when neither a file's name nor one of the directories in its path is hidden or begins with `_`."""
+    return not any(part[0] in "._" for part in path.split("/"))
+
+
 def shared_files(one: Iterable[Store], other: Iterable[Store]) -> list[str]:
     """URLs of the files of `one` that are also in `other`, links followed on local paths; sorted."""
     taken = {store.resolved().identity for store in other}
@@ -86,7 +91,7 @@ def _expand(url: str, options: Mapping[str, Any] | None) -> tuple[Store, list[tu
     else:
         raise DataError(f"expected Parquet at {shown!r}, found no such file or directory ({literal.url})")
     _refuse_lakes(root, files)
-    data = [f for f in files if f.size and not any(part[0] in "._" for part in f.path.split("/"))]
+    data = [f for f in files if f.size and is_data(f.path)]
     if not data:
         said = f"only {len(files)} files that are empty, hidden or begin with '_'" if files else "no file"
         raise DataError(f"expected Parquet files at {shown!r}, found {said} ({literal.url})")

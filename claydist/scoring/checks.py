@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import sys
 import uuid
-from collections.abc import Sequence
-
-from fsspec.utils import glob_translate
+from collections.abc import Collection, Iterable, Sequence
 
 from claydist import cluster
 from claydist.dataset.footers import Inventory
+from claydist.dataset.listing import Found, is_data
 from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.predictor import Predictor
-from claydist.preparation import Tables, check_visible
+from claydist.preparation import check_same_sizes
 from claydist.scoring.dates import UNDATED, DateRows, DateRule, parse_day
 from claydist.scoring.lock import FOLDER as LOCKS
 from claydist.scoring.publish import MANIFEST
+from claydist.scoring.staging import each
 from claydist.spec import ScoreSpec
-from claydist.storage import Store, open_store, redact, split_glob
+from claydist.storage import Store, glob_matcher, open_store, redact, split_glob
+
+PUBLISHED = "part-00000-00000000-run.parquet"
+"""What a published file's name is like."""
 
 _LISTED = 20
 
@@ -61,23 +63,29 @@ def check_files(inventory: Inventory, rows: Sequence[DateRows], columns: Sequenc
         )
 
 
-def check_apart(spec: ScoreSpec, inventory: Inventory, output: Store) -> None:
+def check_apart(spec: ScoreSpec, stores: Iterable[Store], output: Store, folders: Iterable[str]) -> None:
     """Pass when nothing that is published is read as input, now or in the next run.
+
+    Parameters
+    ----------
+    stores : the files of the input.
+    folders : names of folders that dates are published in.
 
     Raises
     ------
     SpecError : when input and output overlap.
     """
-    published = output.join(UNDATED, "part-0.parquet")
-    problems = [f"the input has {s.resolved()}, which is in the output" for s in inventory.stores if _is_in(s, output)]
+    problems = [f"the input has {s.resolved()}, which is in the output" for s in stores if _is_in(s, output)]
     for url in spec.input:
         before, pattern = split_glob(url)
         root, shown = open_store(before, spec.storage_options), redact(url)
         if pattern is None and root.is_dir() and _is_in(output, root):
             problems.append(f"the output is in the input {shown!r}")
-        elif pattern is not None and _is_in(published, root):
-            below = published.resolved().path.removeprefix(f"{root.resolved().path.rstrip('/')}/")
-            if re.compile(glob_translate(pattern)).match(below):
+        elif pattern is not None and _is_in(output, root):
+            above = f"{root.resolved().path.rstrip('/')}/"
+            paths = (output.join(folder, PUBLISHED).resolved().path.removeprefix(above) for folder in folders)
+            matches = glob_matcher(pattern, root.url)
+            if any(is_data(path) and matches(path) for path in paths):
                 problems.append(f"the input {shown!r} would find what is published")
     if problems:
         raise SpecError(f"input and output overlap, the output being {output.url}; keep them apart", problems[:_LISTED])
@@ -107,7 +115,7 @@ def check_output(output: Store, rule: DateRule | None) -> None:
         )
 
 
-def check_input_visible(inventory: Inventory) -> None:
+def check_input_visible(found: Iterable[Found]) -> None:
     """Pass when every node sees local input with the same size; nothing is done on one node, or without Ray.
 
     Raises
@@ -115,7 +123,7 @@ def check_input_visible(inventory: Inventory) -> None:
     DataError : with the nodes that do not, and what they see.
     """
     if _has_several_hosts():
-        check_visible(Tables(inventory, {}))
+        check_same_sizes({f.store.path: f.size for f in found if f.store.is_local})
 
 
 def check_output_visible(output: Store) -> None:
@@ -165,23 +173,32 @@ def check_folder(output: Store, folder: str) -> None:
         )
 
 
-def missing_marker(
-    inventory: Inventory, rows: Sequence[DateRows], rule: DateRule | None, name: str, cache: dict[str, bool]
-) -> str | None:
-    """A folder of the date's input that lacks the file which says that it is complete; None when none does.
+def find_markers(stores: Iterable[Store], rule: DateRule | None, name: str) -> set[tuple[str, str]]:
+    """Identities of the folders of these files, and of those above them, that say that a date's input is complete.
 
     A file's own folder is looked at, and those above it down to the one whose name gives the date.
+
+    Parameters
+    ----------
+    name : of the file that says so.
     """
-    for found in rows:
-        store = inventory.stores[found.file]
-        folders = _marker_folders(store, () if rule is None else rule.columns)
-        if not any(_has(folder, name, cache) for folder in folders):
+    folders = {folder.identity: folder for store in stores for folder in _marker_folders(store, rule)}
+    is_there = each(lambda folder: folder.join(name).exists(), list(folders.values()))
+    return {identity for identity, has in zip(folders, is_there, strict=True) if has}
+
+
+def missing_marker(stores: Iterable[Store], rule: DateRule | None, complete: Collection[tuple[str, str]]) -> str | None:
+    """A folder of a date's files that was not complete, by `find_markers`; None when all were."""
+    for store in stores:
+        folders = _marker_folders(store, rule)
+        if not any(folder.identity in complete for folder in folders):
             return folders[0].url
     return None
 
 
-def _marker_folders(store: Store, keys: Sequence[str]) -> list[Store]:
+def _marker_folders(store: Store, rule: DateRule | None) -> list[Store]:
     """The file's folder, then those above it, the last being the lowest whose name is one of the date's keys."""
+    keys = () if rule is None else rule.columns
     parents = store.path.split("/")[:-1]
     at = [i for i, part in enumerate(parents) if part.partition("=")[0] in keys and "=" in part]
     n_up = len(parents) - at[-1] if at else 1
@@ -190,13 +207,6 @@ def _marker_folders(store: Store, keys: Sequence[str]) -> list[Store]:
         url, place = url.rpartition("/")[0], place.rpartition("/")[0]
         folders.append(Store(url, store.fs, place))
     return folders
-
-
-def _has(folder: Store, name: str, cache: dict[str, bool]) -> bool:
-    place = str(folder.identity)
-    if place not in cache:
-        cache[place] = folder.join(name).exists()
-    return cache[place]
 
 
 def _is_in(inner: Store, outer: Store) -> bool:

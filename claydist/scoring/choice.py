@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from claydist.dataset.footers import Inventory
 from claydist.errors import ClaydistError, Locked, SpecError
-from claydist.scoring.dates import DateRows, parse_day
+from claydist.scoring.dates import DateRows, Day, parse_day
 from claydist.scoring.publish import Current
 from claydist.scoring.staging import Staged
-from claydist.scoring.units import Partition, wanted_dates
+from claydist.scoring.units import Partition
 from claydist.storage import Store
 
 Status = Literal["published", "already", "stale", "empty", "failed", "locked"]
@@ -66,16 +67,48 @@ class Choice:
         """The dates to look for in the input; None when they are not known beforehand."""
         if self.date:
             return {self.date}
-        return set(wanted_dates(self.start, self.stop, ())) if self.start and self.stop else None
+        if self.start and self.stop:
+            first, last = self.start.toordinal(), self.stop.toordinal()
+            return {dt.date.fromordinal(n) for n in range(first, last + 1)}
+        return None
+
+    def asks_for(self, day: dt.date) -> bool:
+        """True when a date is one of those asked for."""
+        if self.date:
+            return day == self.date
+        return (self.start or day) <= day <= (self.stop or day)
+
+    def days(self, found: Iterable[Day]) -> list[Day]:
+        """The dates to speak of, in order: those known beforehand, found or not; else those found.
+
+        An open range has no gaps: one date such as 9999-12-31 would make millions of them.
+        """
+        return [*found] if self.wanted is None else [*sorted(self.wanted)]
+
+    def describe(self) -> str:
+        """The dates asked for, to follow `no row`; empty when all are."""
+        if self.date:
+            return f" of {self.date}"
+        return (f" from {self.start} on" if self.start else "") + (f" up to {self.stop}" if self.stop else "")
 
 
 @dataclass
 class DateRun:
-    """One date on its way: what is known of it so far."""
+    """One date on its way: what is known of it so far.
+
+    Attributes
+    ----------
+    folder : in which it is published.
+    inventory, rows : of its files, where they have rows of it.
+    problem : why it could not be scored, if it has to be.
+    """
 
     day: dt.date | None
+    folder: str
     partition: Partition | None = None
+    inventory: Inventory | None = None
     rows: Sequence[DateRows] = ()
+    problem: ClaydistError | None = None
     status: Status | None = None
     reason: str = ""
     current: Current = field(default_factory=lambda: Current(None))
@@ -87,15 +120,16 @@ class DateRun:
     report: str | None = None
 
     @property
-    def folder(self) -> str:
-        """The folder that the date is published in."""
-        return self.planned.folder
-
-    @property
     def planned(self) -> Partition:
         """The partition of a date that has input."""
         assert self.partition is not None, f"{self.day} has no input"
         return self.partition
+
+    @property
+    def files(self) -> Inventory:
+        """The inventory of a date that has input."""
+        assert self.inventory is not None, f"{self.day} has no input"
+        return self.inventory
 
     @property
     def is_complete(self) -> bool:
@@ -108,6 +142,14 @@ class DateRun:
         if manifest is not None:
             self.n_rows, self.n_quarantined = manifest["rows"], manifest["quarantined"]
 
+    def withdrawn(self, reason: str) -> bool:
+        """True where a date that has no row to score is published, which then is what became of it."""
+        if self.current.manifest is None:
+            return False
+        said = "the published rows stay, and are read until they are replaced or their folder is removed"
+        self.ended("stale", f"{reason}; {said}", self.current.manifest)
+        return True
+
     def failed(self, error: ClaydistError) -> None:
         """Set why the date cannot be published."""
         self.error = error
@@ -115,11 +157,11 @@ class DateRun:
 
     def to_json(self, output: Store) -> dict[str, Any]:
         """The date as the command's JSON has it."""
-        is_there = self.status in ("published", "already", "stale") and self.partition is not None
+        is_there = self.status in ("published", "already", "stale")
         tree = {
             "date": self.day.isoformat() if self.day else None, "status": self.status, "rows": self.n_rows,
             "quarantined": self.n_quarantined,
-            "uri": output.join(self.partition.folder).url if is_there and self.partition else None,
+            "uri": output.join(self.folder).url if is_there else None,
         }  # fmt: skip
         more = {"reason": self.reason, "report": self.report}
         return {**tree, **{name: value for name, value in more.items() if value}}

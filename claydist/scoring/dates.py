@@ -121,6 +121,11 @@ class DateRule:
         return to_days(found)
 
 
+def folder_of(rule: DateRule | None, day: Day) -> str:
+    """Name of the folder that a date is published in, or the whole of an undated input."""
+    return UNDATED if rule is None or day is None else rule.folder(day)
+
+
 def to_days(day: date) -> int:
     """Days since 1970-01-01."""
     return day.toordinal() - _EPOCH

@@ -26,7 +26,7 @@ from claydist.scoring.dates import DateRows, DateRule, find_dates, only_files, t
 from claydist.scoring.publish import look
 from claydist.scoring.readers import published_folders, read_folder
 from claydist.scoring.work import RayWork, Work
-from claydist.storage import Store, open_store
+from claydist.storage import Store, open_store, redact
 
 ALL_ROWS = ""
 
@@ -103,7 +103,7 @@ def evaluate_scores(
     first = next(iter(manifests.values()))[2]
     target = _target(first, {folder: manifest for folder, (_, _, manifest) in manifests.items()})
     inventory = take_inventory(urls, options=storage_options, types=_key_types(first), run=work.map)
-    _check_labels(inventory, first, target, slices, ", ".join(urls))
+    _check_labels(inventory, first, target, slices, ", ".join(map(redact, urls)))
     tasks = _tasks(output, manifests, first, target, inventory, tuple(slices), work)
     results: list[list[Judged]] = work.map(judge_task, tasks)
     folders = [folder for task in tasks for folder in task.folders]
@@ -200,13 +200,17 @@ Published = dict[str, tuple[str, dt.date | None, Mapping[str, Any]]]
 
 
 def _manifests(output: Store) -> Published:
-    found = {}
+    """The published dates that have a row: one whose rows are all in quarantine has nothing to judge."""
+    found, n_empty = {}, 0
     for folder, (key_name, day) in published_folders(output).items():
         manifest = look(output, folder).manifest
-        if manifest is not None:
+        if manifest is not None and manifest["rows"]:
             found[folder] = (key_name, day, manifest)
+        elif manifest is not None:
+            n_empty += 1
     if not found:
-        raise DataError(f"nothing is published at {output.url}; score it first")
+        said = f"{n_empty} dates without a row are" if n_empty else "nothing is"
+        raise DataError(f"{said} published at {output.url}; score it first")
     return found
 
 

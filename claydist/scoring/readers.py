@@ -51,7 +51,7 @@ def read_scores(
         raise DataError(f"{what} is published at {output.url}; look at `claydist runs list`, or score it")
     tables = [read_folder(output, folder, key, day) for folder, (key, day) in folders.items()]
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as e:
         raise DataError(f"the dates at {output.url} have columns of different types ({e}); read one date") from None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from claydist.bundle import Bundle, read_bundle
-from claydist.dataset.footers import Inventory, take_inventory
+from claydist.dataset.footers import Inventory
 from claydist.display import Display
 from claydist.errors import ClaydistError, DataError, Locked, SpecError
 from claydist.preparation import check_paths
@@ -17,13 +17,14 @@ from claydist.registry import Registry
 from claydist.runs import clean_runs, start_run
 from claydist.scoring import checks
 from claydist.scoring.choice import Choice, DateRun, ScoreSummary, count_statuses, decide
-from claydist.scoring.dates import DateRule, find_dates, only_files
+from claydist.scoring.dates import DateRule, folder_of, only_files
+from claydist.scoring.input import DateInput, find_input
 from claydist.scoring.lock import Lease, Owner
 from claydist.scoring.progress import Board
-from claydist.scoring.publish import look, settle
+from claydist.scoring.publish import COMMITS, look, settle
 from claydist.scoring.publisher import Publisher
 from claydist.scoring.staging import Staging, each
-from claydist.scoring.units import Partition, plan_partition, spec_part, wanted_dates
+from claydist.scoring.units import Partition, State, inputs_digest, plan_partition, spec_part
 from claydist.scoring.work import RayWork, Work
 from claydist.scoring.worker import ModelFiles, Scored, ScoreTask, UnitWork, score_task
 from claydist.sketch import Sketch
@@ -50,7 +51,7 @@ def score(
 
     Parameters
     ----------
-    date, start, stop : one date, or a range with both ends (an open end is that of the input); all dates without.
+    date, start, stop : one date, or a range with both ends (with an open one the dates found in it); all without.
     replace, replace_stale, wait : as in `Choice`.
     work : where tasks run; Ray where not given.
 
@@ -64,7 +65,7 @@ def score(
         `GateFailed`, ...).
     """
     choice = Choice.of(date, start, stop, replace, replace_stale, wait)
-    return _Scoring(spec, registry, display, choice, work or RayWork(spec.max_cpus)).execute()
+    return _Scoring(spec, registry, display, choice, work or RayWork(spec.max_cpus, display.say)).execute()
 
 
 class _Scoring:
@@ -87,13 +88,14 @@ class _Scoring:
         check_paths([*self.spec.input, self.spec.output])
         self._begin("plan")
         self.bundle = self._load()
-        self.inventory = self._open_input()
         dates = self._plan()
-        self.run = start_run(self.registry, "score", self.spec, self.model.name, self.inventory.fingerprint)
+        inputs = inputs_digest(one.partition for one in dates if one.partition is not None)
+        self.run = start_run(self.registry, "score", self.spec, self.model.name, inputs)
         self.display.run(self.run.run_id)
         try:
             with self.run.kept_alive():
                 self._work_on(dates)
+                self._clean_withdrawn(dates)
         except BaseException as e:
             self.run.fail(e)
             raise
@@ -118,43 +120,69 @@ class _Scoring:
         self.work.warm(self.model)
         return bundle
 
-    def _open_input(self) -> Inventory:
+    def _plan(self) -> list[DateRun]:
+        """The dates asked for: with a partition, or ended where the input has nothing (complete, readable) of them."""
+        checks.check_output(self.output, self.rule)
         schema = self.bundle.predictor.schema
         # Hive keys are text in the path: they are read as what the model was trained with.
         trained = {c.name: c.type for c in schema.columns if c.type not in ("decimal", "date")}
         types = {**trained, **self.spec.types}
-        inventory = take_inventory(self.spec.input, options=self.spec.storage_options, types=types, run=self.work.map)
-        checks.check_input_visible(inventory)
-        checks.check_apart(self.spec, inventory, self.output)
-        checks.check_output(self.output, self.rule)
-        checks.check_columns(self.spec, self.rule, inventory, self.bundle.predictor)
-        checks.check_output_visible(self.output)
-        return inventory
-
-    def _plan(self) -> list[DateRun]:
-        """The dates asked for: with a partition, or ended where the input has nothing (complete) of them."""
-        choice, spec, markers = self.choice, spec_part(self.spec), dict[str, bool]()
-        found = find_dates(self.inventory, self.rule, choice.wanted, self.work.map)
-        days: Sequence[dt.date | None] = [choice.date] if choice.date else list(found)
-        if choice.start or choice.stop:
-            days = wanted_dates(choice.start, choice.stop, (day for day in found if day))
-        dates = []
-        for day in days:
-            one = DateRun(day, rows=found.get(day, ()))
-            lacking = None
-            if self.spec.require and one.rows:
-                lacking = checks.missing_marker(self.inventory, one.rows, self.rule, self.spec.require, markers)
-            if not one.rows:
-                one.ended("empty", f"the input has no row{f' of {day}' if day else ''}")
-            elif lacking:
-                one.ended("empty", f"the input is not complete: no {self.spec.require} in {lacking}")
-            else:
-                one.partition = plan_partition(self.inventory, self.rule, day, one.rows, self.bundle.digest, spec)
-            dates.append(one)
+        found = find_input(self.spec, self.rule, self.choice, self.output, types, self.work.map)
+        dates = [self._date(day, found.get(day, DateInput())) for day in self.choice.days(found)]
+        self._look_for_withdrawn([one for one in dates if one.day not in found])
+        where = ", ".join(map(redact, self.spec.input))
         if not dates or (len(dates) == 1 and dates[0].status == "empty"):
-            reason = dates[0].reason if dates else "the input has no row"
-            raise DataError(f"{reason}; nothing was published ({', '.join(map(redact, self.spec.input))})")
+            reason = dates[0].reason if dates else f"the input has no row{self.choice.describe()}"
+            raise DataError(f"{reason}; nothing was published ({where})")
+        problems = [one.error or one.problem for one in dates if one.partition is not None or one.error is not None]
+        if problems and problems[0] and len({str(problem) for problem in problems}) == 1:
+            raise problems[0]  # the same of every date is wrong with the spec or the whole input
+        checks.check_output_visible(self.output)
         return dates
+
+    def _date(self, day: dt.date | None, has: DateInput) -> DateRun:
+        one = DateRun(day, folder_of(self.rule, day), inventory=has.inventory, rows=has.rows)
+        if has.error is not None:
+            one.failed(has.error)
+        elif has.lacking is not None:
+            one.ended("empty", f"the input is not complete: no {self.spec.require} in {has.lacking}")
+        elif has.inventory is None:
+            one.ended("empty", f"the input has no row{f' of {day}' if day else ''}")
+        else:
+            spec = spec_part(self.spec)
+            one.partition = plan_partition(has.inventory, self.rule, day, has.rows, self.bundle.digest, spec)
+            try:
+                checks.check_columns(self.spec, self.rule, has.inventory, self.bundle.predictor)
+            except ClaydistError as e:
+                one.problem = e
+        return one
+
+    def _look_for_withdrawn(self, dates: Sequence[DateRun]) -> None:
+        """Of dates that the input has no row of, say which are published all the same."""
+        names = {*self.output.list(), *self.output.join(COMMITS).list()} if dates else ()
+
+        def look_at(one: DateRun) -> None:
+            try:
+                one.current = look(self.output, one.folder)
+            except ClaydistError as e:
+                one.failed(e)
+            else:
+                one.withdrawn(f"the input has no row{f' of {one.day}' if one.day else ''} any more")
+
+        each(look_at, [one for one in dates if one.folder in names])
+
+    def _clean_withdrawn(self, dates: Sequence[DateRun]) -> None:
+        """Remove what is staged of published dates that the input has no row of, as far as no other run is at them."""
+        gone = [one for one in dates if one.partition is None and one.status == "stale"]
+        names = self.staging.names() if gone else []
+        left = [Partition(one.day, one.folder, (), State("", "", "")) for one in gone]
+        left = [partition for partition in left if any(name.startswith(partition.any_prefix) for name in names)]
+        if not left:
+            return
+        with Lease(self.output, Owner.me(self.run.run_id)) as lease:
+            for partition in left:
+                if lease.try_lock(partition.folder) is None:
+                    self.staging.clean(partition, (), self.run.run_id, names)
 
     def _work_on(self, dates: Sequence[DateRun]) -> None:
         open_dates = [one for one in dates if one.partition is not None]
@@ -185,6 +213,10 @@ class _Scoring:
     def _is_decided(self, one: DateRun) -> bool:
         """True when the date needs no scoring."""
         what, why = decide(one.current.manifest, one.planned, self.choice)
+        if what == "score" and one.problem is not None:
+            where = f"{one.folder}, whose first file is {one.files.files[one.rows[0].file].url}"
+            one.failed(DataError(f"{where}: {one.problem.message}", one.problem.problems))
+            return True
         if what == "score":
             one.status, one.reason = None, why
             return False
@@ -224,7 +256,7 @@ class _Scoring:
                 return False
             if one.current.manifest is None:
                 checks.check_folder(self.output, one.folder)
-            checks.check_files(self.inventory, one.rows, self.bundle.predictor.schema.names, one.folder)
+            checks.check_files(one.files, one.rows, self.bundle.predictor.schema.names, one.folder)
             one.run = self.staging.open_run(one.planned, self.run.run_id, names)
             one.staged = self.staging.find(one.planned, one.run, names)
         except ClaydistError as e:
@@ -246,6 +278,8 @@ class _Scoring:
                 try:
                     if not one.error:
                         publisher.publish(one, names)
+                    if one.status == "empty" and one.withdrawn(f"{one.reason} any more"):
+                        self.staging.clean(one.planned, one.staged.values(), one.run, names)
                 except ClaydistError as e:
                     one.failed(e)
 
@@ -275,19 +309,21 @@ class _Scoring:
 
     def _tasks(self, dates: Sequence[DateRun]) -> list[ScoreTask]:
         """Each run of row groups once, with all units that are missing in it."""
-        works: dict[tuple[int, int], list[UnitWork]] = {}
+        works: dict[tuple[int, int, int], tuple[Inventory, list[UnitWork]]] = {}
         for one in dates:
             travelling = Partition(one.day, one.folder, (), one.planned.state)
             for unit in one.planned.units:
                 if unit.unit_id not in one.staged:
-                    works.setdefault((unit.file, unit.run), []).append(UnitWork(travelling, unit, one.run))
+                    # Dates inside files share these and one inventory, others have one each.
+                    _, found = works.setdefault((id(one.files), unit.file, unit.run), (one.files, []))
+                    found.append(UnitWork(travelling, unit, one.run))
         key = tuple(name for name in self.spec.key if self.rule is None or name != self.rule.folder_key)
         return [
             ScoreTask(
-                only_files(self.inventory, [file]), tuple(sorted({g for w in found for g in w.unit.row_groups})),
+                only_files(inventory, [file]), tuple(sorted({g for w in found for g in w.unit.row_groups})),
                 tuple(found), self.rule, key, self.spec.where, self.staging.store, self.model,
             )
-            for (file, _), found in works.items()
+            for (_, file, _), (inventory, found) in works.items()
         ]  # fmt: skip
 
     def _end(self, dates: Sequence[DateRun], seconds: float) -> ScoreSummary:

@@ -6,11 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 from claydist.dataset.footers import FileEntry, Inventory
-from claydist.scoring.dates import UNDATED, DateRows, DateRule, Day
+from claydist.scoring.dates import DateRows, DateRule, Day, folder_of
 from claydist.sketch import Sketch
 from claydist.spec import ScoreSpec
 
@@ -169,9 +168,8 @@ def plan_partition(
             numbers = tuple(group for group, _ in groups)
             unit_id = f"{len(units):05}-{_digest([entry.path, numbers])[:8]}"
             units.append(Unit(unit_id, found.file, run, numbers, sum(n for _, n in groups)))
-    folder = UNDATED if rule is None or day is None else rule.folder(day)
     files = _fingerprint(inventory.files[found.file] for found in rows)
-    return Partition(day, folder, tuple(units), State(model, files, spec))
+    return Partition(day, folder_of(rule, day), tuple(units), State(model, files, spec))
 
 
 def runs_of(row_groups: Sequence[int], most: int = ROWS_PER_UNIT) -> list[int]:
@@ -191,14 +189,9 @@ def spec_part(spec: ScoreSpec) -> str:
     return _digest({name: tree[name] for name in ("date", "key", "where", "format", "types")})
 
 
-def wanted_dates(first: date | None, last: date | None, found: Iterable[date]) -> list[date]:
-    """Every day between the two; an open end is that of the dates found."""
-    known = sorted(found)
-    low = first or (known[0] if known else None)
-    high = last or (known[-1] if known else None)
-    if low is None or high is None:
-        return [day for day in (first, last) if day]
-    return [date.fromordinal(n) for n in range(low.toordinal(), high.toordinal() + 1)]
+def inputs_digest(partitions: Iterable[Partition]) -> str:
+    """SHA-256 of the input of all these dates, as hexadecimal text."""
+    return _digest([[partition.folder, partition.state.inventory] for partition in partitions])
 
 
 def _fingerprint(files: Iterable[FileEntry]) -> str:

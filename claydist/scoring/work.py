@@ -42,9 +42,11 @@ class RayWork:
     Parameters
     ----------
     max_cpus : tasks at once at the most.
+    say : told every minute in which no task ends.
     """
 
     max_cpus: int | None = None
+    say: Callable[[str], None] = lambda text: None
     _warming: list[Any] = field(default_factory=list)
 
     def share(self, files: Mapping[str, bytes]) -> Any:
@@ -74,5 +76,11 @@ class RayWork:
     def map(
         self, function: Callable[[T], R], items: Sequence[T], on_done: Callable[[int, R], None] | None = None
     ) -> list[R]:
-        """Results by `cluster.run_tasks`."""
-        return cluster.run_tasks(function, items, max_cpus=self.max_cpus, on_done=on_done)
+        """Results by `cluster.run_tasks`, however long the cluster is busy; that is said, and SIGTERM ends it."""
+        return cluster.run_tasks(function, items, max_cpus=self.max_cpus, on_done=on_done, on_idle=self._say_idle)
+
+    def _say_idle(self, n_pending: int, seconds: float) -> None:
+        self.say(
+            f"no task has ended for {seconds / 60:.0f} min: {n_pending} wait for a CPU of the cluster, or are under "
+            f"way; Ctrl-C or SIGTERM gives up, and the same command goes on later"
+        )

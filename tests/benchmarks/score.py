@@ -1,12 +1,26 @@
 # ruff: noqa: E402  Ray reads its environment at import
 """Speed and memory of scoring, against a bare loop and Ray Data: 28 features, 100 trees of depth 6, all cores.
 
-    python -m tests.benchmarks.score --rows 10_000_000 --ways claydist,loop,ray_data --dir /tmp/bench
-    python -m tests.benchmarks.score --rows 1_000_000 --ways claydist
+    python -m tests.benchmarks.score --rows 10_000_000 --ways claydist,loop,ray_data_tasks,ray_data_actors
+    python -m tests.benchmarks.score --rows 1_000_000 --ways claydist --dir /tmp/bench
     python -m tests.benchmarks.score --files 4000
 
 The bare loop is pyarrow reading, `inplace_predict` with all threads, and a Parquet writer, in one process without Ray.
-Each way prints rows a second of its scoring phase, and the peak PSS of its largest process (USS where there is none).
+Ray Data is `read_parquet().map_batches().write_parquet()` in two forms, of which the faster one is the one to compare
+with: tasks, as many at once as there are CPUs, the model cached in each process; and actors, one a CPU, each asking for
+half of one. Actors that ask for whole CPUs leave none for the tasks that read, and with as many of them as there are
+CPUs nothing ever starts, without an error.
+
+Each way prints two measures, to be compared like with like:
+
+- `rows_per_s` and `seconds`, the scoring phase: from the first read to the last write, in processes that have started,
+  imported xgboost and loaded the model. claydist warms its workers in its stages `plan` and `start workers`; Ray Data
+  by the same pipeline over a small file for each CPU. Its actors are new in every execution: only tasks, which were
+  the faster form on two CPUs, are as warm as claydist's.
+- `command_s`, the whole command: from the start of Python to its end, with imports, Ray's start, planning, workers'
+  start, and publishing. Ray Data is not warmed in the run that this is measured in.
+
+With each the peak PSS of the largest worker and of the driver, of the run that `rows_per_s` is from.
 """
 
 from __future__ import annotations
@@ -20,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,34 +129,62 @@ def with_claydist(folder: Path) -> dict[str, Any]:
     return {"rows": summary["dates"][0]["rows"], "seconds": summary["stages"]["score"], "stages": summary["stages"]}
 
 
-def with_ray_data(folder: Path) -> dict[str, Any]:
+_boosters: dict[Path, xgb.Booster] = {}
+
+
+def score_batch(batch: pa.Table, model: Path) -> pa.Table:
+    """The rows with id, prediction and probability; the model is loaded once a process."""
+    if model not in _boosters:
+        _boosters[model] = xgb.Booster(model_file=model)
+        _boosters[model].set_param({"nthread": 1})
+    X = np.column_stack([batch.column(name).to_numpy() for name in NAMES]).astype(np.float32, copy=False)
+    p = _boosters[model].inplace_predict(X, validate_features=False)
+    return pa.table({"id": batch.column("id"), "prediction": p >= 0.5, "probability": p})
+
+
+class ScoreActor:
+    """`score_batch` as Ray Data's actors take it."""
+
+    def __call__(self, batch: pa.Table, model: Path) -> pa.Table:
+        return score_batch(batch, model)
+
+
+def with_ray_data(folder: Path, form: str, is_warm: bool) -> dict[str, Any]:
     import ray
 
     ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
+    more: dict[str, Any] = {"batch_size": 131_072, "batch_format": "pyarrow"}
+    more["fn_kwargs"] = {"model": folder / "model.ubj"}
+    function: Any = score_batch
+    if form == "actors":
+        function = ScoreActor
+        more |= {"concurrency": os.cpu_count(), "num_cpus": 0.5}
 
-    class Score:
-        def __init__(self) -> None:
-            self.booster = xgb.Booster(model_file=folder / "model.ubj")
-            self.booster.set_param({"nthread": 1})
+    def run(source: Path, target: Path) -> float:
+        began = time.monotonic()
+        ray.data.read_parquet(str(source)).map_batches(function, **more).write_parquet(str(target))
+        return time.monotonic() - began
 
-        def __call__(self, batch: pa.Table) -> pa.Table:
-            X = np.column_stack([batch.column(name).to_numpy() for name in NAMES]).astype(np.float32, copy=False)
-            p = self.booster.inplace_predict(X, validate_features=False)
-            return pa.table({"id": batch.column("id"), "prediction": p >= 0.5, "probability": p})
-
-    began = time.monotonic()
-    # One actor: with as many as there are CPUs no read task ever starts.
-    dataset = ray.data.read_parquet(str(folder / "in"))
-    dataset = dataset.map_batches(Score, batch_size=131_072, batch_format="pyarrow", concurrency=1)
-    dataset.write_parquet(str(folder / "ray_data"))
-    seconds = time.monotonic() - began
-    rows = sum(pq.read_metadata(path).num_rows for path in (folder / "ray_data").glob("*.parquet"))
+    output = folder / f"ray_data_{form}"
+    if is_warm:
+        warm = folder / "warm"
+        if not warm.exists():
+            # A file for each process, so that none is left cold.
+            write_input(warm, 10_000 * (os.cpu_count() or 1), rows_per_file=10_000)
+        run(warm, output / "warm")
+    seconds = run(folder / "in", output / "all")
+    rows = sum(pq.read_metadata(path).num_rows for path in (output / "all").glob("*.parquet"))
     ray.shutdown()
     return {"rows": rows, "seconds": seconds}
 
 
-WAYS = {"claydist": with_claydist, "loop": bare_loop, "ray_data": with_ray_data}
+WAYS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "claydist": lambda folder, is_warm: with_claydist(folder),
+    "loop": lambda folder, is_warm: bare_loop(folder),
+    "ray_data_tasks": lambda folder, is_warm: with_ray_data(folder, "tasks", is_warm),
+    "ray_data_actors": lambda folder, is_warm: with_ray_data(folder, "actors", is_warm),
+}
 
 
 def watch(pid: int, peaks: dict[str, float], stop: threading.Event) -> None:
@@ -162,28 +205,41 @@ def watch(pid: int, peaks: dict[str, float], stop: threading.Event) -> None:
 
 
 def run_way(way: str, folder: Path) -> dict[str, Any]:
-    """One way in a process of its own."""
+    """One way: its scoring phase, and in a run of its own where that was warmed, its whole command."""
+    result, command_s, peaks = run_process(way, folder, "--warm")
+    if way.startswith("ray_data"):
+        _, command_s, _ = run_process(way, folder)
+    return {"way": way, **result, "rows_per_s": round(result["rows"] / result["seconds"]),
+            "command_s": round(command_s, 2), "peak_mb": {k: round(v) for k, v in peaks.items()}}  # fmt: skip
+
+
+def run_process(way: str, folder: Path, *more: str) -> tuple[dict[str, Any], float, dict[str, float]]:
+    """What a way says in a process of its own, how long that lives in seconds, and its peaks of memory."""
     shutil.rmtree(folder / way, ignore_errors=True)
-    command = [sys.executable, "-m", "tests.benchmarks.score", "--dir", str(folder), "--run", way]
+    command = [sys.executable, "-m", "tests.benchmarks.score", "--dir", str(folder), "--run", way, *more]
+    began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peaks: dict[str, float] = {}
     stop = threading.Event()
     watcher = threading.Thread(target=watch, args=(process.pid, peaks, stop))
     watcher.start()
     said = process.communicate()[0]
+    command_s = time.monotonic() - began
     stop.set()
     watcher.join()
     assert process.returncode == 0, said
-    result = json.loads(said.splitlines()[-1])
-    return {"way": way, **result, "rows_per_s": round(result["rows"] / result["seconds"]),
-            "peak_mb": {k: round(v) for k, v in peaks.items()}}  # fmt: skip
+    return json.loads(said.splitlines()[-1]), command_s, peaks
 
 
 def plan_many(folder: Path, n_files: int) -> None:
     """Seconds to plan the scoring of many small files by day."""
-    from claydist.dataset.footers import take_inventory
-    from claydist.scoring import dates, units
+    from claydist.scoring import units
+    from claydist.scoring.choice import Choice
+    from claydist.scoring.dates import DateRule
+    from claydist.scoring.input import find_input
     from claydist.spec import ScoreSpec
+    from claydist.specfile import load_spec
+    from claydist.storage import open_store
 
     source = folder / "many"
     if not source.exists():
@@ -192,26 +248,26 @@ def plan_many(folder: Path, n_files: int) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table({"id": [number], **{name: [0.5] for name in NAMES}}), place)
     began = time.monotonic()
-    inventory = take_inventory(str(source))
-    rule = dates.DateRule("dt", ("dt",))
-    found = dates.find_dates(inventory, rule, None, lambda f, items: [f(item) for item in items])
-    planned = [units.plan_partition(inventory, rule, day, rows, "m", "s") for day, rows in found.items()]
+    spec = load_spec(ScoreSpec, {"model": "m", "input": str(source), "output": str(folder / "planned"), "date": "dt"})
+    rule, choice, output = DateRule.of(spec), Choice.of(None, None, None), open_store(spec.output)
+    found = find_input(spec, rule, choice, output, {}, lambda f, items: [f(item) for item in items])
+    planned = [units.plan_partition(has.inventory, rule, day, has.rows, "m", "s") for day, has in found.items()]
     n_units = sum(len(p.units) for p in planned)
     print(json.dumps({"files": n_files, "units": n_units, "plan_s": round(time.monotonic() - began, 2)}))
-    assert ScoreSpec
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--ways", default="claydist,loop,ray_data")
+    parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--files", type=int)
     parser.add_argument("--dir", type=Path, default=Path("/tmp/claydist-bench-score"))
-    parser.add_argument("--run")
+    parser.add_argument("--run", choices=WAYS)
+    parser.add_argument("--warm", action="store_true")
     args = parser.parse_args()
     if args.run:
-        print(json.dumps(WAYS[args.run](args.dir)))
+        print(json.dumps(WAYS[args.run](args.dir, args.warm)))
         return
     if args.files:
         plan_many(args.dir, args.files)

@@ -10,7 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from claydist.dataset.footers import FILES_PER_TASK, read_footers, take_inventory
+from claydist.dataset.footers import (
+    FILES_PER_TASK,
+    Inventory,
+    declared_types,
+    read_footers,
+    take_inventories,
+    take_inventory,
+)
+from claydist.dataset.listing import find_files
 from claydist.errors import DataError, InputChanged
 from claydist.storage import Store
 from tests.stores import s3_options, store  # noqa: F401  fixtures
@@ -99,6 +107,27 @@ def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
         str(tmp_path / "b.parquet"),
         str(tmp_path / "c.csv"),
     ]
+
+
+def test_what_is_wrong_with_a_file_is_the_trouble_of_its_group_only(tmp_path: Path) -> None:
+    whole = write(tmp_path / "m=1/a.parquet", x=range(100))
+    write(tmp_path / "m=2/a.parquet", x=[1])
+    write(tmp_path / "m=2/b.parquet", x=["text"])
+    write(tmp_path / "m=3/a.parquet", x=[1])
+    (tmp_path / "m=3/b.parquet").write_bytes(whole.read_bytes()[:-20])
+    write(tmp_path / "m=x/a.parquet", x=[0.5])
+    found = find_files([str(tmp_path)])
+    groups = [[f for f in found if f.path.startswith(f"m={m}/")] for m in "123x"]
+    first, mixed, spoilt, text = take_inventories(groups, types=declared_types(found, {}))
+    assert isinstance(first, Inventory)
+    assert isinstance(text, Inventory)
+    assert first.schema == pa.schema({"x": pa.int64(), "m": pa.string()}), "one type of the key for all groups"
+    assert text.schema == pa.schema({"x": pa.float64(), "m": pa.string()})
+    assert "m=2/b.parquet: column 'x': expected int64" in str(mixed)
+    assert "m=3/b.parquet: cannot be read as Parquet" in str(spoilt)
+    declared = take_inventories(groups, types=declared_types(found, {"m": "integer"}))
+    assert [isinstance(group, Inventory) for group in declared] == [True, False, False, False]
+    assert "key 'm': expected integer, found 'x'" in str(declared[3])
 
 
 def test_a_column_twice_in_a_file_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from claydist import cluster
-from claydist.dataset.footers import take_inventory
+from claydist.dataset.listing import find_files
 from claydist.errors import DataError, SpecError
 from claydist.scoring import checks
 from claydist.storage import Store, open_store
@@ -54,13 +54,13 @@ def test_an_output_that_a_node_does_not_see(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_input_that_a_node_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_days(tmp_path / "in", n_days=1)
-    inventory = take_inventory(str(tmp_path / "in"))
+    found = find_files([str(tmp_path / "in")])
     lay_over(monkeypatch, "10.0.0.1", "10.0.0.2")
     monkeypatch.setattr(cluster, "run_on_every_node", lambda function, sizes: [function(sizes)])
-    checks.check_input_visible(inventory)
+    checks.check_input_visible(found)
     monkeypatch.setattr(cluster, "run_on_every_node", lambda function, sizes: [function({f"{p}x": 1 for p in sizes})])
     with pytest.raises(DataError, match="local files are not the same on every node") as e:
-        checks.check_input_visible(inventory)
+        checks.check_input_visible(found)
     assert "found no such file" in e.value.problems[0]
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_done_where_nothing_can_differ(tmp_path: Path, monkeypatch: p
         checks.check_output_visible(open_store("memory://visible/out"))
         return
     checks.check_output_visible(open_store(tmp_path / "out"))
-    checks.check_input_visible(take_inventory(str(tmp_path / "in")))
+    checks.check_input_visible(find_files([str(tmp_path / "in")]))
     assert not (tmp_path / "out").exists()
 
 
@@ -111,17 +111,15 @@ def test_an_overlap_is_seen_on_remote_places_and_through_links(tmp_path: Path) -
     ):  # fmt: skip
         spec = make_spec(tmp_path, input=asked, output=output)
         with pytest.raises(SpecError, match="overlap"):
-            checks.check_apart(spec, take_inventory(asked), open_store(output))
-    spec = make_spec(tmp_path, input="memory://apart/in", output="memory://apart/inner")
-    checks.check_apart(spec, take_inventory("memory://apart/in"), open_store(spec.output))
+            checks.check_apart(spec, [f.store for f in find_files([asked])], open_store(output), ["dt=2026-11-01"])
+    for asked, output in (("memory://apart/in", "memory://apart/inner"), ("memory://apart/**", "memory://apart/_out")):
+        spec = make_spec(tmp_path, input=asked, output=output)
+        checks.check_apart(spec, [f.store for f in find_files([asked])], open_store(output), ["dt=2026-11-01"])
 
 
 def test_a_marker_of_another_place_that_is_shown_alike_does_not_count() -> None:
-    stores = [Store("sftp://***@h/t/a.parquet", open_store("memory://m").fs, f"/{n}/t/a.parquet") for n in "ab"]
+    a, b = (Store("sftp://***@h/t/a.parquet", open_store("memory://m").fs, f"/{n}/t/a.parquet") for n in "ab")
     open_store("memory://a/t/_SUCCESS").write(b"")
-    seen: dict[str, bool] = {}
-    inventory: Any = SimpleNamespace(stores=stores)
-    rows: Any = [SimpleNamespace(file=0)]
-    assert checks.missing_marker(inventory, rows, None, "_SUCCESS", seen) is None
-    rows[0].file = 1
-    assert checks.missing_marker(inventory, rows, None, "_SUCCESS", seen) == "sftp://***@h/t"
+    complete = checks.find_markers([a, b], None, "_SUCCESS")
+    assert checks.missing_marker([a], None, complete) is None
+    assert checks.missing_marker([a, b], None, complete) == "sftp://***@h/t"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 from claydist.errors import DataError
 from claydist.scoring.judge import evaluate_scores
 from claydist.scoring.readers import read_scores
+from claydist.storage import open_store
 from tests.scoring.support import (
     Loop,
     make_predictor,
@@ -77,6 +79,34 @@ def test_rows_without_a_label_are_counted_and_left_out(tmp_path: Path) -> None:
     assert (found["rows"], found["unlabelled"]) == (63, 57)
     assert found["dates"][1]["rows"] == 9
     assert found["slices"]["size < 20"]["rows"] == 18
+
+
+def test_a_date_whose_rows_are_all_in_quarantine_is_left_out(tmp_path: Path) -> None:
+    scores = score_days(tmp_path)
+    labels = pa.table({"id": scores.column("id"), "late": make_labels(scores, "binary")})
+    pq.write_table(labels, tmp_path / "labels.parquet")
+    registry = make_registry(tmp_path / "registry")
+    place = tmp_path / "in" / "dt=2026-11-01" / "part-0.parquet"
+    rows = pq.read_table(place, partitioning=None)
+    pq.write_table(rows.set_column(1, "x", pa.array([np.inf] * len(rows))), place)
+    run_score(make_spec(tmp_path, max_quarantined=100), registry, replace=True)
+    found = evaluate_scores(str(tmp_path / "out"), str(tmp_path / "labels.parquet"), work=Loop())
+    assert [one["date"] for one in found["dates"]] == ["2026-11-02"]
+    assert found["rows"] == 60
+    shutil.rmtree(tmp_path / "out" / "dt=2026-11-02")
+    with pytest.raises(DataError, match="1 dates without a row are published"):
+        evaluate_scores(str(tmp_path / "out"), str(tmp_path / "labels.parquet"), work=Loop())
+
+
+def test_labels_are_named_without_their_secrets(tmp_path: Path) -> None:
+    scores = score_days(tmp_path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": scores.column("id")}), sink)
+    url = "memory://me:hunter2@lab/l.parquet"
+    open_store(url).write(sink.getvalue().to_pybytes())
+    with pytest.raises(DataError, match=r"the labels in .*lab/l.parquet lack columns") as caught:
+        evaluate_scores(str(tmp_path / "out"), url, work=Loop())
+    assert "hunter2" not in str(caught.value)
 
 
 def test_keys_that_do_not_tell_rows_apart(tmp_path: Path) -> None:

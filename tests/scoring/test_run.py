@@ -167,7 +167,7 @@ def test_a_range_skips_dates_without_input_and_says_so(tmp_path: Path) -> None:
     assert "no row of 2026-10-31" in summary.summary["dates"][0]["reason"]
     assert summary.exit_code == 0
     open_end = run_score(make_spec(tmp_path), registry, start=DAYS[1])
-    assert statuses(open_end) == {DAYS[1]: "empty", DAYS[2]: "already"}
+    assert statuses(open_end) == {DAYS[2]: "already"}, "an open range has no gaps"
 
 
 def test_a_date_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -224,8 +224,49 @@ def test_where_leaves_rows_out_and_accounts_for_them(tmp_path: Path) -> None:
     kept = {day: rows.filter(pa.compute.equal(rows["city"], "Brno")) for day, rows in days.items()}
     assert read_scores(str(tmp_path / "out")).equals(expected(predictor, kept))
     assert [one["rows"] for one in summary.summary["dates"]] == [len(rows) for rows in kept.values()]
-    nothing = run_score(make_spec(tmp_path, where="x > 100"), registry, replace=True)
+    nothing = run_score(make_spec(tmp_path, where="x > 100", output=str(tmp_path / "other")), registry)
     assert set(statuses(nothing).values()) == {"empty"}
+
+
+@pytest.mark.parametrize("way", ["gone", "gone, by name", "where"])
+def test_a_published_date_whose_rows_are_withdrawn_is_stale_and_stays(tmp_path: Path, way: str) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    run_score(make_spec(tmp_path), registry)
+    before = read_scores(str(tmp_path / "out"))
+    staging = tmp_path / "out" / "_staging"
+    (staging / f"dt={DAYS[1]}~0123456789ab~run").write_text("{}")
+    (staging / f"dt={DAYS[0]}~0123456789ab~run").write_text("{}")
+    spec = make_spec(tmp_path, where="x > 100" if way == "where" else None)
+    if way != "where":
+        shutil.rmtree(tmp_path / "in" / f"dt={DAYS[1]}")
+    asked = {"date": DAYS[1]} if way == "gone, by name" else {"start": DAYS[0], "stop": DAYS[2]}
+    summary = run_score(spec, registry, replace_stale=True, **asked)
+    one = next(found for found in summary.summary["dates"] if found["date"] == DAYS[1])
+    assert {name: one[name] for name in ("status", "rows", "uri")} == {
+        "status": "stale", "rows": 40, "uri": str(tmp_path / "out" / f"dt={DAYS[1]}"),
+    }  # fmt: skip
+    assert "any more; the published rows stay" in one["reason"]
+    assert summary.exit_code == 0
+    assert read_scores(str(tmp_path / "out")).equals(before)
+    left = [] if way == "where" else [f"dt={DAYS[0]}~0123456789ab~run"]
+    assert [path.name for path in staging.iterdir()] == left, "of the withdrawn date nothing is left"
+    if way == "gone":
+        assert statuses(summary) == {DAYS[0]: "already", DAYS[1]: "stale", DAYS[2]: "empty"}
+        assert statuses(run_score(spec, registry)) == {DAYS[0]: "already"}, "of all dates those of the input are meant"
+
+
+def test_staged_files_of_a_withdrawn_date_that_another_run_holds_stay(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    run_score(make_spec(tmp_path), registry)
+    place = tmp_path / "out" / "_staging" / f"dt={DAYS[1]}~0123456789ab~run"
+    place.write_text("{}")
+    shutil.rmtree(tmp_path / "in" / f"dt={DAYS[1]}")
+    with Lease(open_store(tmp_path / "out"), Owner.me("somebody")) as lease:
+        assert lease.try_lock(f"dt={DAYS[1]}") is None
+        assert statuses(run_score(make_spec(tmp_path), registry, date=DAYS[1])) == {DAYS[1]: "stale"}
+    assert place.exists()
 
 
 def test_a_date_waits_for_the_marker_of_its_input(tmp_path: Path) -> None:
@@ -236,6 +277,77 @@ def test_a_date_waits_for_the_marker_of_its_input(tmp_path: Path) -> None:
     assert statuses(run_score(spec, registry)) == {DAYS[0]: "published", DAYS[1]: "empty", DAYS[2]: "empty"}
     with pytest.raises(DataError, match="not complete: no _SUCCESS"):
         run_score(spec, registry, date=DAYS[1])
+
+
+def test_a_marker_vouches_only_for_files_that_were_there_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from claydist.scoring import input as scoring_input
+
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    (tmp_path / "in" / f"dt={DAYS[1]}" / "_SUCCESS").touch()
+    find_files = scoring_input.find_files
+
+    def upstream_ends_meanwhile(*arguments: Any) -> Any:
+        found = find_files(*arguments)
+        for day in (DAYS[0], DAYS[2]):
+            place = tmp_path / "in" / f"dt={day}"
+            place.mkdir(exist_ok=True)
+            pq.write_table(make_rows(25, seed=77), place / "part-1.parquet")
+            (place / "_SUCCESS").touch()
+        return found
+
+    spec = make_spec(tmp_path, require="_SUCCESS")
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring_input, "find_files", upstream_ends_meanwhile)
+        summary = run_score(spec, registry)
+    rows = {one["date"]: one["rows"] for one in summary.summary["dates"] if one["status"] == "published"}
+    assert rows[DAYS[1]] == 40
+    assert rows.get(DAYS[0], 65) == 65, "whole, or not at all"
+    assert statuses(summary)[DAYS[2]] == "empty", "its folder came in between"
+    again = run_score(spec, registry)
+    assert {one["date"]: one["rows"] for one in again.summary["dates"]} == {DAYS[0]: 65, DAYS[1]: 40, DAYS[2]: 25}
+
+
+def test_files_of_a_date_that_is_not_complete_are_not_opened(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    (tmp_path / "in" / f"dt={DAYS[0]}" / "_SUCCESS").touch()
+    spoil(tmp_path / "in" / f"dt={DAYS[1]}" / "part-0.parquet")
+    summary = run_score(make_spec(tmp_path, require="_SUCCESS"), registry)
+    assert statuses(summary) == {DAYS[0]: "published", DAYS[1]: "empty"}
+    assert summary.exit_code == 0
+
+
+def test_a_date_that_nobody_means_does_not_fill_an_open_range(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=2)
+    sentinel = tmp_path / "in" / "dt=9999-12-31"
+    sentinel.mkdir()
+    pq.write_table(make_rows(5), sentinel / "a.parquet")
+    summary = run_score(make_spec(tmp_path), registry, start=DAYS[0])
+    assert statuses(summary) == dict.fromkeys([*DAYS[:2], "9999-12-31"], "published")
+    with pytest.raises(DataError, match="no row up to 2025-01-01; nothing was published"):
+        run_score(make_spec(tmp_path), registry, stop="2025-01-01")
+
+
+@pytest.mark.parametrize("pattern", ["*/dt=*/*.parquet", "*", "*/*", "**", "out*/dt=2026-11-01/part-*"])
+def test_an_input_that_would_find_the_output_is_refused_the_first_time(tmp_path: Path, pattern: str) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "d" / "out-in", n_days=1)
+    spec = make_spec(tmp_path, input=f"{tmp_path}/d/{pattern}", output=f"{tmp_path}/d/out")
+    with pytest.raises(SpecError, match="would find what is published"):
+        run_score(spec, registry)
+    assert not (tmp_path / "d" / "out").exists()
+
+
+def test_an_output_that_no_listing_finds_is_apart(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "d" / "in", n_days=1)
+    spec = make_spec(tmp_path, input=f"{tmp_path}/d/*/dt=*/*.parquet", output=f"{tmp_path}/d/_scores")
+    assert set(statuses(run_score(spec, registry)).values()) == {"published"}
+    assert set(statuses(run_score(spec, registry)).values()) == {"already"}
 
 
 def test_bad_rows_go_to_quarantine_with_their_reason(tmp_path: Path) -> None:
@@ -413,7 +525,91 @@ def test_a_date_whose_files_all_lack_a_column_fails_alone(tmp_path: Path) -> Non
     pq.write_table(days[FIRST].drop_columns("city"), tmp_path / "in" / f"dt={FIRST}" / "part-0.parquet")
     summary = run_score(make_spec(tmp_path), registry)
     assert statuses(summary) == {DAYS[0]: "failed", DAYS[1]: "published"}
+    reason = summary.summary["dates"][0]["reason"]
+    assert f"first file is {tmp_path}/in/dt={FIRST}/part-0.parquet" in reason
+    assert "column 'city' is absent" in reason
+
+
+def test_dates_inside_files_whose_files_lack_a_column_fail_alone(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        table = make_rows(10, seed=number).append_column("when", pa.array([FIRST + timedelta(days=number)] * 10))
+        table = table if number else table.drop_columns("city")
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
+    summary = run_score(make_spec(tmp_path, date="when"), registry)
+    assert statuses(summary) == {DAYS[0]: "failed", DAYS[1]: "published"}
     assert "columns ['city'], which the model needs, are in none" in summary.summary["dates"][0]["reason"]
+
+
+# A file is the trouble of its own date only
+
+
+def spoil(place: Path) -> None:
+    place.write_bytes(place.read_bytes()[:500])
+
+
+def test_a_half_written_file_fails_its_date_only(tmp_path: Path) -> None:
+    predictor, registry = make_predictor(), make_registry(tmp_path / "registry")
+    days = write_days(tmp_path / "in")
+    spoil(tmp_path / "in" / f"dt={DAYS[1]}" / "part-0.parquet")
+    summary = run_score(make_spec(tmp_path), registry)
+    assert statuses(summary) == {DAYS[0]: "published", DAYS[1]: "failed", DAYS[2]: "published"}
+    assert summary.exit_code == 1
+    bad = summary.summary["dates"][1]
+    assert f"dt={DAYS[1]}/part-0.parquet: cannot be read as Parquet" in bad["reason"]
+    assert (bad["rows"], bad["uri"]) == (0, None)
+    del days[FIRST + timedelta(days=1)]
+    assert read_scores(str(tmp_path / "out")).equals(expected(predictor, days))
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        run_score(make_spec(tmp_path), registry, date=DAYS[1])
+    shutil.rmtree(tmp_path / "in" / f"dt={DAYS[1]}")
+    write_days(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere" / f"dt={DAYS[1]}", tmp_path / "in")
+    mended = run_score(make_spec(tmp_path), registry)
+    assert statuses(mended) == {DAYS[0]: "already", DAYS[1]: "published", DAYS[2]: "already"}
+
+
+def test_only_footers_of_the_dates_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from claydist.dataset import footers
+
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in")
+    read: list[str] = []
+    read_footer = footers._read_footer
+    monkeypatch.setattr(footers, "_read_footer", lambda f, shared: read.append(f.path) or read_footer(f, shared))
+    run_score(make_spec(tmp_path), registry, date=DAYS[1])
+    assert read == [f"dt={DAYS[1]}/part-0.parquet"]
+    read.clear()
+    run_score(make_spec(tmp_path), registry, start=DAYS[1])
+    assert read == [f"dt={day}/part-0.parquet" for day in DAYS[1:]]
+
+
+def test_each_date_has_its_own_types(tmp_path: Path) -> None:
+    predictor, registry = make_predictor(), make_registry(tmp_path / "registry")
+    days = write_days(tmp_path / "in", n_days=2, n_rows=12)
+    days[FIRST] = days[FIRST].set_column(1, "x", pa.array(range(12))).set_column(0, "id", pa.array(np.arange(12.0)))
+    pq.write_table(days[FIRST], tmp_path / "in" / f"dt={FIRST}" / "part-0.parquet")
+    assert set(statuses(run_score(make_spec(tmp_path), registry)).values()) == {"published"}
+    for day, rows in days.items():
+        assert read_scores(str(tmp_path / "out"), day).equals(expected(predictor, {day: rows}))
+    both = read_scores(str(tmp_path / "out"))
+    assert both.column("id").type == pa.float64()
+    assert both.num_rows == 24
+    pq.write_table(make_rows(5), tmp_path / "in" / f"dt={FIRST}" / "part-1.parquet")
+    with pytest.raises(DataError, match="columns of different types"):
+        run_score(make_spec(tmp_path), registry, date=FIRST)
+    assert statuses(run_score(make_spec(tmp_path), registry)) == {DAYS[0]: "failed", DAYS[1]: "already"}
+
+
+def test_keys_of_the_path_have_one_type_whatever_dates_are_asked_for(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    for day, region in zip(DAYS, ("1", "eu", "2"), strict=True):
+        place = tmp_path / "in" / f"dt={day}" / f"region={region}"
+        place.mkdir(parents=True)
+        pq.write_table(make_rows(5), place / "a.parquet")
+    run_score(make_spec(tmp_path, key=["id", "region"]), registry, date=DAYS[2])
+    assert read_scores(str(tmp_path / "out")).column("region").to_pylist() == ["2"] * 5
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,7 @@ from claydist.scoring.units import (
     plan_partition,
     runs_of,
     spec_part,
-    wanted_dates,
-)  # fmt: skip
+)
 from claydist.sketch import Sketch
 from claydist.spec import GatesSpec, ScoreSpec
 from claydist.specfile import load_spec
@@ -109,11 +108,19 @@ def test_a_key_in_the_path_that_is_no_date_is_an_error(tmp_path: Path) -> None:
         find_dates(take_inventory(str(tmp_path)), DateRule("dt", ("dt",)), None, here)
 
 
-def test_a_range_of_dates() -> None:
-    found = [date(2026, 1, 3), date(2026, 1, 1)]
-    assert wanted_dates(None, None, found) == [date(2026, 1, 1), date(2026, 1, 2), date(2026, 1, 3)]
-    assert wanted_dates(date(2026, 1, 2), None, found) == [date(2026, 1, 2), date(2026, 1, 3)]
-    assert wanted_dates(date(2026, 1, 5), None, []) == [date(2026, 1, 5)]
+def test_only_a_range_with_both_ends_has_gaps() -> None:
+    first, second, third = (date(2026, 1, n) for n in (1, 2, 3))
+    found = [first, third, date(9999, 12, 31)]
+
+    def days(*arguments: Any) -> list[date | None]:
+        choice = Choice.of(*arguments)
+        return choice.days(day for day in found if choice.asks_for(day))
+
+    assert days(None, None, None) == found
+    assert days(None, second, None) == [third, date(9999, 12, 31)]
+    assert days(None, None, second) == [first]
+    assert days(None, first, third) == [first, second, third]
+    assert days(second, None, None) == [second]
 
 
 # Units
@@ -302,6 +309,7 @@ def test_dates_asked_for_that_cannot_be(arguments: tuple[Any, Any, Any], match: 
         ({"max_quarantined": 1.5}, "expected a whole number of rows, or a fraction below 1"),
         ({"key": ["id", "id"]}, r"key names \['id'\] more than once"),
         ({"date": {"year": "y", "month": "y", "day": "d"}}, "each a column of its own"),
+        ({"date": {"year": "y", "month": "m", "day": "d"}, "key": ["id", "dt"]}, "key names 'dt', which is what"),
     ],
 )
 def test_specs_that_are_wrong_by_themselves(more: dict[str, Any], match: str) -> None:
