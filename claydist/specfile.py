@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -53,10 +54,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise SpecError(f"cannot read the spec {path}: {e}") from None
     except yaml.YAMLError as e:
-        raise SpecError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+        raise SpecError(f"{path} is not YAML: {_yaml_problem(e)}") from None
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where; never the line itself, nor a name from it, which may be a credential."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    problem = re.sub(r"(alias|tag|tag handle) ['\"].*", r"\1", error.problem or "it cannot be read")
+    return f"{problem}, in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _override(tree: dict[str, Any], item: str) -> dict[str, Any]:

@@ -249,6 +249,17 @@ def test_file_that_is_no_spec(tmp_path: Path, text: str, problem: str) -> None:
     assert problem in problems(str(file))[0]
 
 
+@pytest.mark.parametrize(("text", "line"), [
+    ('a: 1\nstorage_options: {key: A, secret: "s3cr3t\nb: 1\n', 4), ("storage_options:\n  secret: s3cr3t: 1\n", 2),
+    ("secret: *s3cr3t", 1), ("secret: !s3cr3t x", 1), ("secret: !s3!cr3t x", 1), ("&s3cr3t a: &s3cr3t b", 1),
+])  # fmt: skip
+def test_a_mistake_in_yaml_is_told_by_its_line_and_not_by_its_text(tmp_path: Path, text: str, line: int) -> None:
+    (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")
+    [problem] = problems(tmp_path / "spec.yaml")
+    assert "cr3t" not in problem
+    assert f", in line {line}, column " in problem
+
+
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no spec at" in problems(tmp_path / "absent.yaml")[0]
     assert "cannot read the spec" in problems(tmp_path)[0]
