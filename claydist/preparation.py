@@ -15,7 +15,7 @@ from typing import Any
 from claydist import cluster
 from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.split import SplitPlan
-from claydist.dataset.statistics import Part, PassPlan, PassSums, part_of, summarise
+from claydist.dataset.statistics import PARTS, Part, PassPlan, PassSums, part_of, summarise
 from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
@@ -259,9 +259,12 @@ def _parts(
     """The parts that exist, and over all of them the sums of the label and the held-out categories."""
     parts = {"train": part_of(sums, plan, "train")}
     labels, held_out = sums.labels, dict(sums.held_out)
+    if parts["train"].n_rows:
+        _check_weighted("train", sums)
     for name in ("valid", "test"):
         if getattr(spec.split, name) is None:
             continue
+        there = sums
         if name in tables.separate:
             apart = replace(plan, inventory=tables.separate[name], split=None, only=name)
             there = summarise(apart, cluster.run_tasks)
@@ -272,7 +275,14 @@ def _parts(
             parts[name] = part_of(sums, plan, name)
         if not parts[name].n_rows:
             raise DataError(f"split.{name} holds no rows; look at what it selects")
+        _check_weighted(name, there)
     return parts, labels, held_out
+
+
+def _check_weighted(part: str, sums: PassSums) -> None:
+    """Pass when some row of the part counts; else there is nothing to learn from, to watch or to judge by."""
+    if not sums.weights[PARTS.index(part)]:
+        raise DataError(f"the weights of the rows of {part} are all zero; expected some above 0 (data.weight)")
 
 
 def _check_seen(plan: FeaturePlan, held_out: Mapping[tuple[str, str], frozenset[str]]) -> None:

@@ -195,7 +195,15 @@ BAD = [
         r"'w' has 1 values in .*part-01.*negative"),
     Bad("null weights", rewrite(values("w", first(None)), data__weight="w"), "DataError", "'w' has 1 values"),
     Bad("all weights zero", everywhere(values("w", lambda c: [0.0] * len(c)), data__weight="w"), "DataError",
-        "weights of the training rows are all zero"),
+        "weights of the rows of train are all zero"),
+    Bad("all weights of valid zero", everywhere(
+        values("w", lambda c: [float(i >= 20) for i, _ in enumerate(c)]), data__weight="w",
+        data__drop=["row", "hours", "parcels"], split={"valid": {"where": "w = 0"}}, model__early_stopping=2),
+        "DataError", "weights of the rows of valid are all zero"),
+    Bad("all weights zero in the test table", lambda tree, folder: (
+        separate_table(values("w", lambda c: [0.0] * len(c))(GOOD))(tree, folder),
+        put(data__weight="w", data__drop=["row", "hours", "parcels"])(tree, folder))[0],
+        "DataError", "weights of the rows of test are all zero"),
     Bad(
         "negative weights in the test table",
         lambda tree, folder: (

@@ -77,6 +77,7 @@ class PassSums:
     label_weights : weight of the training rows by label value.
     columns : sums of the feature columns over the training rows.
     groups : of a ranking, {(file, row group, part): (distinct group hashes, rows of each)}.
+    weights : of the rows of train, valid and test; their number where there is no weight column.
     held_out : under `unseen: error`, {(part, column): categories of its rows}, but for train.
     """
 
@@ -86,6 +87,7 @@ class PassSums:
     label_weights: dict[Any, float] = field(default_factory=dict)
     columns: dict[str, ColumnSums] = field(default_factory=dict)
     groups: Groups = field(default_factory=dict)
+    weights: tuple[float, ...] = (0.0, 0.0, 0.0)
     held_out: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
 
     def __add__(self, other: PassSums) -> PassSums:
@@ -107,7 +109,8 @@ class PassSums:
             for key in {**self.held_out, **other.held_out}
         }
         labels, numbers = capped(self.labels + other.labels), self.label_numbers + other.label_numbers
-        return PassSums(counts, labels, numbers, weights, columns, groups, held)
+        by_part = tuple(map(sum, zip(self.weights, other.weights, strict=True)))
+        return PassSums(counts, labels, numbers, weights, columns, groups, by_part, held)
 
     def profiles(self) -> dict[str, ColumnProfile]:
         """Profiles of the feature columns over the training rows."""
@@ -220,8 +223,11 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
     rows = tuple(np.bincount(parts, minlength=3).tolist())
     roles = plan.roles
     groups: Groups = {}
+    w = None
     if roles.weight:
-        check_weights(native_values(table.column(roles.weight)).astype(np.float64), roles.weight, where)
+        w = native_values(table.column(roles.weight)).astype(np.float64)
+        check_weights(w, roles.weight, where)
+    weights = tuple(map(float, np.bincount(parts, w, minlength=3)))
     if roles.offset:
         check_offsets(table.column(roles.offset), roles.offset, where)
     if roles.group:
@@ -236,7 +242,9 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
             apart = table if rows[at] == len(parts) else table.filter(pa.array(parts == at))
             _check_held_out(plan, apart, where)
             held |= {(PARTS[at], name): found for name, found in _held_categories(plan, apart).items()}
-    counted = PassSums({key: rows}, _label_sums(table.column(roles.label)), groups=groups, held_out=held)
+    counted = PassSums(
+        {key: rows}, _label_sums(table.column(roles.label)), groups=groups, weights=weights, held_out=held
+    )
     if not plan.features or not rows[0]:
         return counted
     train = table if rows[0] == len(parts) else table.filter(pa.array(parts == 0))

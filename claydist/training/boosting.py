@@ -22,7 +22,7 @@ import numpy as np
 import xgboost as xgb
 
 from claydist.collective import Collective
-from claydist.errors import SpecError
+from claydist.errors import MetricError, SpecError
 from claydist.features import Encoded, FeaturePlan
 from claydist.models.boosted import is_random, position_names
 from claydist.spec import XGBoostSpec
@@ -95,15 +95,28 @@ class History:
 
     def best_round(self) -> int | None:
         """The first round with the best value on valid; None where valid is not watched."""
-        watched = [value for value in self.values.get("valid", []) if value is not None]
-        if not watched:
+        watched = np.array(self.values.get("valid", []), np.float64)
+        if np.isnan(watched).all():
             return None
-        return int(np.argmax(watched) if self.rises else np.argmin(watched))
+        return int(np.nanargmax(watched) if self.rises else np.nanargmin(watched))
 
     def is_over(self, patience: int | None) -> bool:
-        """True when valid has not gained for `patience` rounds."""
+        """True when valid has not gained for `patience` rounds.
+
+        Raises
+        ------
+        MetricError : when the newest value is no number: which round is best cannot be told any more.
+        """
+        valid = self.values.get("valid")
+        if patience is None or not valid:
+            return False
+        if valid[-1] is None or np.isnan(valid[-1]):
+            raise MetricError(
+                f"{self.metric} on valid is not a number in round {len(valid)}, and model.early_stopping cannot go by "
+                f"it; look for labels or predictions that it does not take, or set another model.params.eval_metric"
+            )
         best = self.best_round()
-        return patience is not None and best is not None and len(self.values["valid"]) - 1 - best >= patience
+        return best is not None and len(valid) - 1 - best >= patience
 
 
 class ShardIter(xgb.DataIter):
