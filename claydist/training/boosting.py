@@ -40,12 +40,13 @@ SAMPLED_SHARE = 10
 # The metric of the training rows is for the eye: beyond so many rows only every 25th round is looked at.
 TRAIN_METRIC_ROWS = 200_000
 TRAIN_METRIC_EVERY = 25
-RISING_METRICS = ("ndcg", "map", "pre")
 # Summed exactly over workers by XGBoost; the others (auc, aucpr, custom ones) are averages of the workers' values.
 SUMMED_METRICS = (
     "logloss", "mlogloss", "error", "merror", "rmse", "rmsle", "mae", "mape", "mphe", "poisson-nloglik",
-    "gamma-nloglik", "gamma-deviance", "tweedie-nloglik", "quantile", "ndcg", "map", "pre",
+    "gamma-nloglik", "gamma-deviance", "tweedie-nloglik", "quantile",
 )  # fmt: skip
+# Sums over queries; without queries XGBoost takes each worker's rows as one.
+SUMMED_BY_QUERY = ("ndcg", "map", "pre")
 
 
 def segment_end(done: int, rounds: int) -> int:
@@ -91,7 +92,7 @@ class History:
     @property
     def rises(self) -> bool:
         """True where larger is better."""
-        return self.metric.partition("@")[0] in RISING_METRICS
+        return self.metric.partition("@")[0] in SUMMED_BY_QUERY
 
     def best_round(self) -> int | None:
         """The first round with the best value on valid; None where valid is not watched."""
@@ -271,6 +272,11 @@ def boost(job: TrainJob, collective: Collective, reporter: Reporter) -> dict[str
     }
 
 
+def summed_metrics(objective: str) -> tuple[str, ...]:
+    """Metrics that XGBoost sums exactly over workers, and that may stop the boosting, for this objective."""
+    return SUMMED_METRICS + (SUMMED_BY_QUERY if objective.startswith("rank:") else ())
+
+
 def check_params(params: Mapping[str, Any], plan: FeaturePlan) -> None:
     """Pass when XGBoost takes the parameters, tried on eight rows in this process.
 
@@ -279,10 +285,11 @@ def check_params(params: Mapping[str, Any], plan: FeaturePlan) -> None:
     SpecError : in XGBoost's words, for a value it refuses or a name it does not know.
     """
     metric = str(params["eval_metric"])
-    if metric.partition("@")[0] not in SUMMED_METRICS:
+    summed = summed_metrics(str(params["objective"]))
+    if metric.partition("@")[0] not in summed:
         raise SpecError(
             f"model.params.eval_metric: {metric!r} is an average of workers' values in XGBoost, not a sum; "
-            f"choose one of {', '.join(SUMMED_METRICS)}; claydist reports exact auc and the others at the end"
+            f"choose one of {', '.join(summed)}; claydist reports exact auc and the others at the end"
         )
     rng = np.random.default_rng(0)
     n_classes = int(params.get("num_class", 2))
