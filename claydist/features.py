@@ -214,7 +214,7 @@ class FeaturePlan:
                 )
             return values
         if f.kind == "seconds":
-            return seconds_since(column, f.origin_ns)
+            return seconds_since(column, f.origin_ns, f.column)
         local = _in_zone(column, next(c for c in self.schema.columns if c.name == f.column))
         return native_values(_CALENDAR[str(f.part)](local))
 

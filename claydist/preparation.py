@@ -20,7 +20,7 @@ from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
 from claydist.labels import check_bounds, decide_target, prior
-from claydist.metrics import TASK_METRICS
+from claydist.metrics import AUC_CLASSES, TASK_METRICS
 from claydist.models.boosted import ONE_WORKER_OBJECTIVES, booster_params
 from claydist.predictor import Target
 from claydist.profile import ColumnProfile, ColumnSums
@@ -152,18 +152,16 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     data, main = spec.data, tables.main
     where = ", ".join(map(redact, data.path))
     split = split_plan(spec)
-    expressions = [parse(text) for text in (data.where, *spec.slices, *(g.slice for g in spec.goals)) if text]
-    for expression in expressions:
-        expression.check(main.schema.names)
+    _check_expressions(spec, tables)
     roles = decide_roles(data, main.schema, where, split.columns)
     _require_everywhere(main, roles)
     features = [column_of(main.schema.field(name), where) for name in roles.features]
     schema = Schema((*features, *(Column(o, "float") for o in (roles.offset,) if o and o not in roles.features)))
     check_types(schema, data)
-    plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
-    sums = summarise(plan, cluster.run_tasks)
     for name, apart in tables.separate.items():
         _check_separate(apart, main, schema, roles, ", ".join(map(redact, getattr(spec.split, name).path)))
+    plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
+    sums = summarise(plan, cluster.run_tasks)
     parts, labels, held_out = _parts(spec, tables, plan, sums)
     if not parts["train"].n_rows:
         raise DataError("the split leaves no rows to train on; look at data.where and split")
@@ -227,6 +225,18 @@ def _separate_paths(spec: TrainSpec) -> list[str]:
 
 def _inventory(spec: TrainSpec, paths: tuple[str, ...]) -> Inventory:
     return take_inventory(paths, options=spec.data.storage_options, types=spec.data.types, run=cluster.run_tasks)
+
+
+def _check_expressions(spec: TrainSpec, tables: Tables) -> None:
+    """Pass when `where` and all slices can be computed on every table; else some would only be at the end."""
+    texts = [text for text in (spec.data.where, *spec.slices, *(goal.slice for goal in spec.goals)) if text]
+    for expression in map(parse, texts):
+        expression.mask(tables.main.schema.empty_table())
+        for name, apart in tables.separate.items():
+            try:
+                expression.mask(apart.schema.empty_table())
+            except DataError as e:
+                raise DataError(f"split.{name}.path: {e.message}", e.problems) from None
 
 
 def _require_everywhere(inventory: Inventory, roles: Roles) -> None:
@@ -307,6 +317,14 @@ def _check_target(spec: TrainSpec, target: Target, labels: ColumnSums) -> None:
     if foreign := sorted({g.metric for g in spec.goals if g.metric.partition("@")[0] not in possible}):
         raise SpecError(
             f"goals: {', '.join(foreign)} are not metrics of the task {target.task!r}: {', '.join(possible)}"
+        )
+    given = {goal.metric for goal in spec.goals}
+    if "pinball" in given and not target.quantiles:
+        raise SpecError("goals: pinball is the loss of quantiles; give model.quantiles, or another metric")
+    if len(target.classes) > AUC_CLASSES and (never := sorted(given & {"auc", "average_precision"})):
+        raise SpecError(
+            f"goals: {', '.join(never)} of {len(target.classes)} classes are not computed, of {AUC_CLASSES} at the "
+            f"most; choose another metric, e.g. logloss"
         )
     if spec.data.offset and (target.task == "multiclass" or len(target.quantiles) > 1):
         raise SpecError(f"data.offset: a model of several outputs ({target.task}) takes no offset; leave it out")

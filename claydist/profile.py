@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pat
 
-from claydist.arrays import native_values
+from claydist.arrays import NS, native_values
 from claydist.errors import DataError
 from claydist.sketch import Sketch
 
@@ -162,17 +162,16 @@ def numeric_sums(values: np.ndarray, w: np.ndarray | None, *, sketch: bool = Tru
     return ColumnSums(n_rows, n_null, n_infinite, Moments.of(values, w), low, high, bool(inexact), sketch=summary)
 
 
-def time_sums(ns: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray]) -> ColumnSums:
-    """Sums of timestamps: int64 nanoseconds with nulls; minimum and maximum stay exact integers."""
-    valid = ns.is_valid().to_numpy(zero_copy_only=False)
-    seconds = ns.drop_null().to_numpy(zero_copy_only=False) / 1e9
+def time_sums(times: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray], per_s: int = NS) -> ColumnSums:
+    """Sums of timestamps: int64 with nulls, so many a second; minimum and maximum are exact, in nanoseconds."""
+    valid = times.is_valid().to_numpy(zero_copy_only=False)
+    seconds = times.drop_null().to_numpy(zero_copy_only=False) / per_s
     weights = None if w is None else w[valid]
     base = numeric_sums(seconds, weights)
-    limits = pc.min_max(ns).as_py()
+    limits = pc.min_max(times).as_py()
+    low, high = (None if limits[end] is None else limits[end] * (NS // per_s) for end in ("min", "max"))
     moments = {part: Moments.of(values[valid], weights) for part, values in parts.items()}
-    return ColumnSums(
-        len(ns), ns.null_count, 0, base.moments, limits["min"], limits["max"], parts=moments, sketch=base.sketch
-    )
+    return ColumnSums(len(times), times.null_count, 0, base.moments, low, high, parts=moments, sketch=base.sketch)
 
 
 def category_sums(text: pa.DictionaryArray) -> ColumnSums:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import yaml
 
 from claydist import pipeline
 from claydist.cli import main
+from claydist.display import Silent
 from claydist.errors import InputChanged
 from claydist.preparation import open_tables, prepare
+from claydist.registry import open_registry
 from claydist.spec import TrainSpec
 from claydist.specfile import load_spec
-from tests.checks import prepare_job, run_job
+from tests.checks import prepare_job, run_job, without_ray
 from tests.tables import cut, make_table, spec_of, write_files
 
 pytestmark = pytest.mark.ray
@@ -152,6 +155,7 @@ def separate_table(table: pa.Table, part: str = "test") -> Change:
 
 
 GOOD = make_table(0, 300)
+FAR = datetime(9999, 12, 31, tzinfo=UTC)
 BAD = [
     Bad("no such path", put(data__path="{folder}/nowhere"), "DataError", "nowhere.*no such file or directory"),
     Bad("no such glob", put(data__path="{folder}/data/*.orc"), "DataError", r"\*\.orc.*no file"),
@@ -180,6 +184,28 @@ BAD = [
         "'parcel' is absent; did you mean 'parcels'"),
     Bad("unknown column in where", put(data__where="kmm > 3"), "DataError", "'kmm'.*'km'"),
     Bad("unknown column in a slice", put(slices=["citty = 'Brno'"]), "DataError", "'citty'.*'city'"),
+    Bad("a slice of another type", put(slices=["km = 'abc'"]), "DataError", "'km' is double.*write a number"),
+    Bad("a goal's slice of another type", put(goals=[{"metric": "auc", "at_least": 0.1, "slice": "city > 3"}]),
+        "DataError", "'city' is string.*write '3'"),
+    Bad("a slice over what the test table lacks", lambda tree, folder: (
+        put(slices=["hours > 3"])(tree, folder),
+        separate_table(GOOD.drop_columns(["hours"]))(tree, folder))[0],
+        "DataError", r"split\.test\.path: .*'hours > 3' names columns.*'hours' is absent"),
+    Bad("a slice that the valid table has in another type", lambda tree, folder: (
+        put(slices=["hours > 3"])(tree, folder),
+        separate_table(values("hours", lambda c: list(map(str, c)), pa.string())(GOOD), "valid")(tree, folder))[0],
+        "DataError", r"split\.valid\.path: .*'hours' is string"),
+    Bad("pinball without quantiles", put(data__label="hours", data__drop=["row", "w", "late", "parcels"],
+                                         goals=[{"metric": "pinball", "at_most": 5}]),
+        "SpecError", r"pinball.*give model\.quantiles", 2),
+    Bad("auc of more classes than are computed", everywhere(
+        values("late", lambda c: [i % 40 for i, _ in enumerate(c)]), model__task="multiclass",
+        goals=[{"metric": "auc", "at_least": 0.1}]), "SpecError", "auc of 40 classes are not computed, of 32", 2),
+    Bad("a time beyond nanoseconds", rewrite(values("sent", first(FAR))), "DataError",
+        r"'sent' has 1 times in .*part-01.* outside the years 1677 to 2262.*data\.where"),
+    Bad("a time beyond nanoseconds in a test row", rewrite(
+        values("sent", first(FAR)), split={"test": {"where": "sent > '2200-01-01'"}}), "DataError",
+        r"'sent' has 1 times in .*part-01"),
     Bad("where that cannot be read", put(data__where="km >> 3"), "SpecError", "km >> 3", 2),
     Bad("a slice that cannot be read", put(slices=["km is"]), "SpecError", "km is", 2),
     Bad("nested column", everywhere(lambda t: t.append_column("tags", pa.array([["a"]] * t.num_rows))), "DataError",
@@ -459,3 +485,17 @@ def test_seen_categories_are_no_error_where_unseen_ones_are(ray_cluster: None, t
     tree["data"]["unseen"] = "error"
     spec = load_spec(TrainSpec, tree)
     assert prepare(spec, open_tables(spec)).parts["test"].n_rows > 20
+
+
+def test_times_of_any_year_give_calendar_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    tree = good_spec(tmp_path)
+    rewrite(values("sent", first(FAR)), data__calendar={"sent": ["month", "hour"]})(tree, tmp_path)
+    trained = pipeline.train(load_spec(TrainSpec, tree), open_registry(tree["registry"]), Silent())
+    table = GOOD.slice(0, 2)
+    far, december = (
+        values("sent", lambda _, when=when: [when, when])(table) for when in (FAR, datetime(2026, 12, 31, tzinfo=UTC))
+    )
+    assert trained.predictor.predict(far).equals(trained.predictor.predict(december))
+    profile = json.loads((tmp_path / "registry" / "parcels" / "1" / "profile.json").read_text())
+    assert profile["columns"]["sent"]["max"] == int(FAR.timestamp()) * 10**9

@@ -130,8 +130,8 @@ def test_dates_are_seconds_too(kind: pa.DataType) -> None:
 
 
 def test_timestamps_beyond_nanoseconds_are_refused() -> None:
-    with pytest.raises(DataError, match="outside the years 1677 to 2262"):
-        nanoseconds(one([dt.datetime(3000, 1, 1)], pa.timestamp("us")).column("a"))
+    with pytest.raises(DataError, match="column 'a' has a time outside the years 1677 to 2262"):
+        nanoseconds(one([dt.datetime(3000, 1, 1)], pa.timestamp("us")).column("a"), "a")
 
 
 def test_a_column_of_nulls_can_stand_for_any_type() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from claydist.arrays import nanoseconds, native_values, text_values
+from claydist.arrays import beyond_nanoseconds, nanoseconds, native_values, text_values, whole_seconds
 from claydist.dataset.footers import Inventory
 from claydist.dataset.reader import Selection, read_parts
 from claydist.dataset.split import SplitPlan, hash_values
@@ -222,6 +222,7 @@ def sum_task(task: Task, plan: PassPlan) -> PassSums:
 def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: pa.Table, where: str) -> PassSums:
     rows = tuple(np.bincount(parts, minlength=3).tolist())
     roles = plan.roles
+    _check_times(plan, table, where)
     groups: Groups = {}
     w = None
     if roles.weight:
@@ -249,6 +250,18 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
         return counted
     train = table if rows[0] == len(parts) else table.filter(pa.array(parts == 0))
     return counted + _train_sums(plan, train, where)
+
+
+def _check_times(plan: PassPlan, table: pa.Table, where: str) -> None:
+    """Pass when nanoseconds hold every time that becomes seconds; held-out rows are encoded only at the end."""
+    for column in plan.features:
+        if column.type not in ("timestamp", "date") or column.name in plan.data.calendar:
+            continue
+        if n_bad := int(beyond_nanoseconds(table.column(column.name)).sum()):
+            raise DataError(
+                f"column {column.name!r} has {n_bad} times in {where} outside the years 1677 to 2262 that nanoseconds "
+                f"can hold: make them null, leave the rows out with data.where, or take parts (data.calendar)"
+            )
 
 
 def _check_held_out(plan: PassPlan, table: pa.Table, where: str) -> None:
@@ -290,7 +303,12 @@ def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, d
         parts: dict[str, np.ndarray] = {
             p: native_values(_CALENDAR[p](cast)) for p in data.calendar.get(column.name, ())
         }
-        return time_sums(nanoseconds(values), w, parts)
+        # Parts alone are computed of a column with a calendar, and they have no years that are too far away.
+        return (
+            time_sums(whole_seconds(values), w, parts, 1)
+            if parts
+            else time_sums(nanoseconds(values, column.name), w, parts)
+        )
     return numeric_sums(native_values(values), w)
 
 
