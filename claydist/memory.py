@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -44,7 +46,7 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
     cells = rows * len(widths)
     batches = 12 * BATCH_ROWS * len(widths)
     if isinstance(spec.model, XGBoostSpec):
-        width = 1 if int(spec.model.params.get("max_bin", 256)) <= 256 else 2
+        width = 1 if n_bins(spec.model) <= 256 else 2
         matrix = 4 * cells
         kept = matrix if matrix <= KEEP_BYTES else 0
         if spec.data.group is not None:
@@ -53,6 +55,15 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
         row = ROW_BYTES + OUTPUT_BYTES * (max(n_classes, len(spec.model.quantiles), 1) - 1)
         return BASE_MB + (INDEX_COPIES * width * cells + kept + row * rows + batches) / 1e6
     return BASE_MB + (rows * (sum(widths) + 32) + batches) / 1e6
+
+
+def n_bins(model: XGBoostSpec) -> int:
+    """Bins of a feature; XGBoost's own number where the spec's is none, which is told elsewhere."""
+    return _number(model.params.get("max_bin"), 256)
+
+
+def _number(value: Any, default: int) -> int:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else default
 
 
 def _widths(field: pa.Field, data: DataSpec) -> list[int]:

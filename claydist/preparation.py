@@ -154,6 +154,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     split = split_plan(spec)
     _check_expressions(spec, tables)
     roles = decide_roles(data, main.schema, where, split.columns)
+    label = column_of(main.schema.field(roles.label), where)
     _require_everywhere(main, roles)
     features = [column_of(main.schema.field(name), where) for name in roles.features]
     schema = Schema((*features, *(Column(o, "float") for o in (roles.offset,) if o and o not in roles.features)))
@@ -165,7 +166,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     parts, labels, held_out = _parts(spec, tables, plan, sums)
     if not parts["train"].n_rows:
         raise DataError("the split leaves no rows to train on; look at data.where and split")
-    target = decide_target(spec, column_of(main.schema.field(roles.label), where), labels)
+    target = decide_target(spec, label, labels)
     indicator = isinstance(spec.model, LinearSpec) and spec.model.missing_indicator
     profiles = sums.profiles()
     _check_target(spec, target, labels)

@@ -272,6 +272,12 @@ BAD = [
     Bad("an unknown objective", put(model__objective="reg:nothing"), "SpecError", "reg:nothing", 2),
     Bad("a parameter of XGBoost's misspelt", put(model__params={"max_dept": 3}), "SpecError", "max_dept", 2),
     Bad("a parameter out of range", put(model__params={"subsample": 3}), "SpecError", "subsample", 2),
+    Bad("bins that are text", put(model__params={"max_bin": "5e2"}), "SpecError", "XGBoost refuses them: .*5e2", 2),
+    Bad("bins that are null", put(model__params={"max_bin": None}), "SpecError", "XGBoost refuses them: .*None", 2),
+    Bad("a label of lists", everywhere(values("late", lambda c: [[x] for x in c], pa.list_(pa.int64()))), "DataError",
+        "column 'late' .*is list<.*which no model takes"),
+    Bad("a label of structs", everywhere(values("late", lambda c: [{"a": x} for x in c],
+                                                pa.struct({"a": pa.int64()}))), "DataError", "'late' .*is struct<"),
     Bad("a monotone constraint on nothing", put(model__monotone={"kmm": 1}), "SpecError", "kmm", 2),
     Bad("a loss that does not fit", put(model={"kind": "linear", "loss": "poisson"}), "SpecError", "poisson", 2),
     Bad("poisson with negative labels", everywhere(
@@ -499,3 +505,22 @@ def test_times_of_any_year_give_calendar_parts(tmp_path: Path, monkeypatch: pyte
     assert trained.predictor.predict(far).equals(trained.predictor.predict(december))
     profile = json.loads((tmp_path / "registry" / "parcels" / "1" / "profile.json").read_text())
     assert profile["columns"]["sent"]["max"] == int(FAR.timestamp()) * 10**9
+
+
+def test_an_infinite_prediction_leaves_metrics_out_and_a_model_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    tree = good_spec(tmp_path)
+    rewrite(values("km", first(1e9)), data__label="parcels", data__drop=["row", "w", "late", "hours"],
+            model={"kind": "linear", "loss": "poisson"},
+            split={"test": {"where": "km > 1e8"}})(tree, tmp_path)  # fmt: skip
+    trained = pipeline.train(load_spec(TrainSpec, tree), open_registry(tree["registry"]), Silent())
+    assert trained.summary["metrics"]["test"]["rmse"] is None
+    assert [w for w in trained.summary["warnings"] if w.startswith("rmse, mae, ") and "on test" in w]
+    version = tmp_path / "registry" / "parcels" / "1"
+    manifest = json.loads((version / "manifest.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["warnings"] == trained.summary["warnings"]
+    report = (version / "report.html").read_text()
+    assert "cannot be drawn" in report
+    assert trained.summary["warnings"][0] in report

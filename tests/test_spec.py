@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from claydist import spec
+from claydist.api import _checked
 from claydist.errors import SpecError
 from claydist.spec import ScoreSpec, TrainSpec
 from claydist.specfile import load_spec
@@ -276,3 +278,14 @@ def test_score_spec_wants_a_whole_date() -> None:
     base = {"model": "m", "input": "x", "output": "y"}
     assert "expected year, month and day" in problems({**base, "date": {"year": "y"}}, ScoreSpec)[0]
     assert load_spec(ScoreSpec, {**base, "date": {"year": "y", "month": "m", "day": "d"}}).date
+
+
+def test_python_gives_numbers_and_paths_of_its_libraries() -> None:
+    spec = {**PLAIN, "data": {**PLAIN["data"], "path": Path("/x")}}
+    params = {"eta": np.float64(0.5)}
+    found = _checked(TrainSpec, spec, {"model__rounds": np.int64(5), "model__params": params,
+                                       "data__drop": np.array(["a"]), "registry": Path("/r")})  # fmt: skip
+    assert (found.model.rounds, found.data.path, found.data.drop, found.registry) == (5, ("/x",), ("a",), "/r")
+    assert type(found.model.params["eta"]) is float
+    with pytest.raises(SpecError, match=r"model\.rounds"):
+        _checked(TrainSpec, PLAIN, {"model__rounds": object()})
