@@ -26,7 +26,7 @@ from claydist.evaluate import ALL_ROWS, Evaluation, EvaluationPlan, evaluate
 from claydist.memory import check_memory
 from claydist.models import LinearModel, Model, XGBoostModel
 from claydist.predictor import Predictor
-from claydist.preparation import Prepared, Tables, memory_bytes, open_tables, plan_workers, prepare
+from claydist.preparation import Prepared, Tables, check_shared, memory_bytes, open_tables, plan_workers, prepare
 from claydist.registry import Registry
 from claydist.reporting.data import report_data
 from claydist.reporting.html import render_report
@@ -94,6 +94,7 @@ def train(
     try:
         with run.kept_alive():
             with clock.stage("statistics"):
+                check_shared(run.store)
                 if not layout.scales:
                     # Tasks wait for a CPU without a word and without an end.
                     cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
@@ -142,7 +143,8 @@ def train(
 def _open_run(
     spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, display: Display, *, resume: bool
 ) -> tuple[Run, bool]:
-    """The run to go on with, or a new one, and which of the two; world size and threads are frozen with it."""
+    """The run to go on with, or a new one, and which of the two; world size, threads, versions are frozen with it."""
+    here = versions()
     if resume:
         found = find_unfinished(registry, "train", spec_digest(spec), tables.fingerprint)
         if found and found.state == "running" and not found.is_mine:
@@ -151,12 +153,21 @@ def _open_run(
                 f"{str(found.facts['host']).partition('/')[0]}; wait for its end, or end it first: a run whose process "
                 f"is gone counts as lost a minute later"
             )
-        if found and found.facts.get("layout"):
+        if found and found.facts.get("versions", here) != here:
+            display.say(f"run {found.run_id} was made with other versions of {_other(found, here)}; starting a new one")
+        elif found and found.facts.get("layout"):
             display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
             return found.update(state="running", **process_facts()), True
-        display.say("no unfinished run of this spec and input; starting a new one")
+        else:
+            display.say("no unfinished run of this spec and input; starting a new one")
     run = start_run(registry, "train", spec, spec.name, tables.fingerprint)
-    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}), False
+    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}, versions=here), False
+
+
+def _other(run: Run, here: Mapping[str, str]) -> str:
+    """The libraries whose versions are not those of the run."""
+    then = run.facts["versions"]
+    return ", ".join(f"{name} ({then.get(name)}, now {here[name]})" for name in here if then.get(name) != here[name])
 
 
 def _job(spec: TrainSpec, prepared: Prepared, run: Run, cache_dir: str) -> TrainJob:

@@ -16,7 +16,7 @@ from claydist import cluster
 from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.split import SplitPlan
 from claydist.dataset.statistics import PARTS, Part, PassPlan, PassSums, part_of, summarise
-from claydist.errors import DataError, SpecError
+from claydist.errors import DataError, SpecError, StorageError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
 from claydist.labels import check_bounds, decide_target, prior
@@ -25,9 +25,10 @@ from claydist.models.boosted import ONE_WORKER_OBJECTIVES, booster_params
 from claydist.predictor import Target
 from claydist.profile import ColumnProfile, ColumnSums
 from claydist.registry import Registry, open_registry, registry_url
+from claydist.runs import FILE
 from claydist.schema import Column, Roles, Schema, column_of, decide_roles, type_of
 from claydist.spec import LinearSpec, ScoreSpec, TrainSpec, XGBoostSpec
-from claydist.storage import redact
+from claydist.storage import Store, redact
 from claydist.training.boosting import check_params
 from claydist.training.linear import LOSSES
 
@@ -208,7 +209,7 @@ def check_paths(paths: Any) -> None:
     SpecError : for a relative local path inside a Ray job or on several nodes.
     """
     relative = [p for p in paths if "://" not in str(p) and not Path(p).is_absolute()]
-    if relative and (cluster.is_inside_job() or len(cluster.nodes()) > 1):
+    if relative and (cluster.is_inside_job() or len(cluster.living_nodes()) > 1):
         raise SpecError(
             f"relative paths {sorted(relative)} mean another place inside a Ray job or on another node; "
             f"give absolute paths that every node sees, or storage URLs (s3://, gs://)"
@@ -376,11 +377,26 @@ def check_visible(tables: Tables) -> None:
         for table in (tables.main, *tables.separate.values())
         for store, entry in zip(table.stores, table.files, strict=True) if store.is_local
     }  # fmt: skip
-    if not local or len({node.address for node in cluster.nodes()}) < 2:
-        return
-    problems = [problem for seen in cluster.run_on_every_node(_differing_sizes, local) for problem in seen[:5]]
-    if problems:
+    if problems := _differences(local):
         raise DataError("local files are not the same on every node; use a shared folder or storage URLs", problems)
+
+
+def check_shared(run: Store) -> None:
+    """Pass when every node sees the folder of a run, in which workers leave checkpoints that others go on from.
+
+    Raises
+    ------
+    StorageError : with the nodes that do not.
+    """
+    if run.is_local and (problems := _differences({run.join(FILE).path: run.join(FILE).info().size})):
+        raise StorageError("the registry is not the same on every node; use a shared folder or a storage URL", problems)
+
+
+def _differences(sizes: Mapping[str, int]) -> list[str]:
+    """What nodes see of local files that is not so; looked for only where there are several machines."""
+    if not sizes or len({node.address for node in cluster.living_nodes()}) < 2:
+        return []
+    return [problem for seen in cluster.run_on_every_node(_differing_sizes, sizes) for problem in seen[:5]]
 
 
 def _differing_sizes(expected: Mapping[str, int]) -> list[str]:

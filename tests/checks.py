@@ -89,7 +89,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cluster, "run_tasks", tasks)
     monkeypatch.setattr(evaluate, "__defaults__", (tasks,))
-    monkeypatch.setattr(cluster, "nodes", lambda: [Node("a", "a", 2, 2, 20 * 10**9)])
+    monkeypatch.setattr(cluster, "living_nodes", lambda: [Node("a", "a", 2, 2, 20 * 10**9)])
     monkeypatch.setattr(cluster, "autoscaler_cpus", lambda: 0)
     monkeypatch.setattr(cluster, "run_on_every_node", lambda function, item: [function(item)])
     monkeypatch.setattr(pipeline, "train_on_ray", run_job)
