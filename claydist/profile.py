@@ -7,6 +7,7 @@ variances"), in the order of the input, so that they do not depend on how many t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,11 +33,16 @@ MAX_LABEL_VALUES = 1000
 
 @dataclass(frozen=True)
 class Moments:
-    """Weight, weighted mean and weighted sum of squared deviations of some numbers."""
+    """Weight, weighted mean and weighted sum of squared deviations of some numbers, and the limits of those that count.
+
+    Numbers of weight 0 are outside all of them.
+    """
 
     weight: float = 0.0
     mean: float = 0.0
     m2: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
 
     @classmethod
     def of(cls, values: np.ndarray, w: np.ndarray | None) -> Moments:
@@ -47,7 +53,8 @@ class Moments:
         mean = float(values.mean(dtype=np.float64) if w is None else np.dot(w, values) / total)
         deviations = np.subtract(values, mean, dtype=np.float64)
         m2 = float(np.dot(deviations, deviations) if w is None else np.dot(w * deviations, deviations))
-        return cls(total, mean, m2)
+        counted = values if w is None else values[w > 0]
+        return cls(total, mean, m2, float(counted.min()), float(counted.max()))
 
     def __add__(self, other: Moments) -> Moments:
         weight = self.weight + other.weight
@@ -55,12 +62,14 @@ class Moments:
             return self
         delta = other.mean - self.mean
         share = other.weight / weight
-        return Moments(weight, self.mean + delta * share, self.m2 + other.m2 + delta * delta * self.weight * share)
+        m2 = self.m2 + other.m2 + delta * delta * self.weight * share
+        limits = min(self.low, other.low), max(self.high, other.high)
+        return Moments(weight, self.mean + delta * share, m2, *limits)
 
     @property
     def variance(self) -> float:
-        """Weighted variance with ddof 0."""
-        return self.m2 / self.weight if self.weight else 0.0
+        """Weighted variance with ddof 0; exactly 0 of a constant, whose sum of squares may be the mean's rounding."""
+        return self.m2 / self.weight if self.low < self.high else 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class ColumnSums:
         return ColumnProfile(
             self.n_rows, self.n_null, self.n_infinite, self.moments.mean, self.moments.variance,
             self.minimum, self.maximum, self.inexact_float32, None if self.counts is None else dict(self.counts),
-            {part: (m.mean, _part_scale(m)) for part, m in self.parts.items()}, self.sketch,
+            {part: (m.mean, m.variance**0.5 or 1.0) for part, m in self.parts.items()}, self.sketch,
         )  # fmt: skip
 
 
@@ -231,11 +240,6 @@ def check_offsets(column: pa.ChunkedArray, name: str, where: str) -> None:
     n_bad = int(np.count_nonzero(~np.isfinite(native_values(column))))  # null is NaN there
     if n_bad:
         raise DataError(f"offset column {name!r} has {n_bad} values in {where} that are null or infinite; mend them")
-
-
-def _part_scale(moments: Moments) -> float:
-    """Standard deviation of small integers; 1 for a constant, whose variance may be the rounding of its mean."""
-    return moments.variance**0.5 if moments.variance > 1e-18 else 1.0
 
 
 def _either(a: Any, b: Any, both: Callable[[Any, Any], Any]) -> Any:
