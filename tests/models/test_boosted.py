@@ -106,6 +106,13 @@ def test_constraints_by_name() -> None:
             params(**keys)
 
 
+def test_a_category_has_no_order_to_be_monotone_in() -> None:
+    assert PLAN.kinds[1] == "c"
+    assert params(monotone={"b": 0, "a": 1})["monotone_constraints"] == "(1, 0, 0)"
+    with pytest.raises(SpecError, match=r"model\.monotone names \['b'\], which are categories"):
+        params(monotone={"b": 1})
+
+
 def test_monotone_constraint_holds() -> None:
     model, _ = trained(rounds=20, monotone={"a": -1})
     X = np.zeros((50, 3), np.float32)
