@@ -19,8 +19,9 @@ import yaml
 
 from claydist import pipeline
 from claydist.cli import main
+from claydist.dataset import statistics
 from claydist.display import Silent
-from claydist.errors import InputChanged
+from claydist.errors import DataError, InputChanged
 from claydist.preparation import open_tables, prepare
 from claydist.registry import open_registry
 from claydist.spec import TrainSpec
@@ -524,3 +525,15 @@ def test_an_infinite_prediction_leaves_metrics_out_and_a_model_registered(
     report = (version / "report.html").read_text()
     assert "cannot be drawn" in report
     assert trained.summary["warnings"][0] in report
+
+
+def test_ids_among_the_features_are_told_before_they_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    monkeypatch.setattr(statistics, "MAX_DISTINCT", 100)
+    tree = good_spec(tmp_path)
+    everywhere(values("city", lambda c: [f"{x}-{i}" for i, x in enumerate(c)]))(tree, tmp_path)
+    spec = load_spec(TrainSpec, tree)
+    with pytest.raises(DataError, match=r"'city' .* more than 100 distinct values, as ids have; drop it"):
+        prepare(spec, open_tables(spec))

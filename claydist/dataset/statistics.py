@@ -37,6 +37,7 @@ from claydist.spec import DataSpec
 
 PARTS = ("train", "valid", "test")
 ROWS_PER_TASK = 1_000_000
+MAX_DISTINCT = 1_000_000
 FILES_PER_TASK = 64
 Task = tuple[tuple[int, tuple[int, ...]], ...]
 """The work of one task: row groups by file."""
@@ -167,6 +168,7 @@ def summarise(plan: PassPlan, run: Run) -> PassSums:
     result = PassSums()
     for sums in run(sum_task, plan_tasks([entry.row_groups for entry in plan.inventory.files]), plan):
         result = result + sums
+        _check_distinct(result)
     _check(result, plan)
     return result
 
@@ -216,6 +218,7 @@ def sum_task(task: Task, plan: PassPlan) -> PassSums:
         ):
             given = np.full(table.num_rows, PARTS.index(plan.only), np.int8) if plan.only else parts
             result = result + _batch_sums(plan, (file, group), given, table, where)
+            _check_distinct(result)
     return result
 
 
@@ -261,6 +264,16 @@ def _check_times(plan: PassPlan, table: pa.Table, where: str) -> None:
             raise DataError(
                 f"column {column.name!r} has {n_bad} times in {where} outside the years 1677 to 2262 that nanoseconds "
                 f"can hold: make them null, leave the rows out with data.where, or take parts (data.calendar)"
+            )
+
+
+def _check_distinct(sums: PassSums) -> None:
+    """Pass while every category fits into memory; ids do not, and teach nothing."""
+    for name, column in sums.columns.items():
+        if column.counts is not None and len(column.counts) > MAX_DISTINCT:
+            raise DataError(
+                f"column {name!r} is a category and has more than {MAX_DISTINCT:,} distinct values, as ids have; "
+                f"drop it (data.drop), or group its values"
             )
 
 
