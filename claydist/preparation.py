@@ -1,6 +1,7 @@
 """From a spec to everything training is given: tables, parts, roles, target, features.
 
-Only here are data looked at before training; the test rows are counted, and nothing else is learnt from them.
+Only here are data looked at before training. Of the test rows the count, the weights and the label's values are known,
+and that they can be encoded: what would else end a run after its training. Nothing of them goes into features or model.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class ChunkCache:
 
     def _keep(self, span: Range, data: bytes) -> bool:
         """Whether the bytes are on the disk now; another worker may put the same there at the same time."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        # The rows may be nobody else's business.
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(self.directory).free - len(data) < KEEP_FREE_BYTES:
             return False
         name = self._name(span)
