@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
+import numpy as np
 
 from claydist.bundle import Bundle
 from claydist.registry import load
@@ -77,7 +77,16 @@ def score(
 
 
 def _checked(kind: type[Spec], spec: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Spec:
-    sets = [
-        f"{key.replace('__', '.')}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in overrides.items()
-    ]
-    return load_spec(kind, spec, sets)
+    given = _plain(spec) if isinstance(spec, Mapping) else spec
+    return load_spec(kind, given, [(key.replace("__", "."), _plain(value)) for key, value in overrides.items()])
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML would have it: numpy's numbers and arrays, and paths, are what programs have at hand."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return str(value) if isinstance(value, PurePath) else value

@@ -37,28 +37,44 @@ def native_values(column: pa.ChunkedArray) -> np.ndarray:
 
 def beyond_nanoseconds(column: pa.ChunkedArray) -> np.ndarray:
     """Mask (n_rows,) bool of the timestamps outside the years that nanoseconds can hold (1677 to 2262)."""
+    return np.abs(whole_seconds(column).fill_null(0).to_numpy(zero_copy_only=False)) >= 2**63 // NS
+
+
+def whole_seconds(column: pa.ChunkedArray) -> pa.Array:
+    """Seconds since the epoch (UTC where there is a zone), int64 without fractions, nulls kept; of every year."""
     array = _one_array(column)
     if pat.is_null(array.type):
-        return np.zeros(len(array), bool)
-    target = pa.timestamp("s", getattr(array.type, "tz", None))
-    seconds = array.cast(target, safe=False).cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
-    return np.abs(seconds) >= 2**63 // NS
+        return array.cast(pa.int64())
+    return array.cast(pa.timestamp("s", getattr(array.type, "tz", None)), safe=False).cast(pa.int64())
 
 
-def nanoseconds(column: pa.ChunkedArray) -> pa.Array:
-    """Nanoseconds since the epoch (UTC where there is a zone), int64, nulls kept."""
+def nanoseconds(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """Nanoseconds since the epoch (UTC where there is a zone), int64, nulls kept.
+
+    Raises
+    ------
+    DataError : for a time outside the years that nanoseconds can hold.
+    """
     array = _one_array(column)
     if pat.is_null(array.type):
         return array.cast(pa.int64())
     try:
         return array.cast(pa.timestamp("ns", getattr(array.type, "tz", None))).cast(pa.int64())
     except pa.ArrowInvalid as e:
-        raise DataError(f"a timestamp is outside the years 1677 to 2262 that nanoseconds can hold: {e}") from None
+        raise DataError(
+            f"column {name!r} has a time outside the years 1677 to 2262 that nanoseconds can hold ({e}); "
+            f"make it null, or leave the row out"
+        ) from None
 
 
-def seconds_since(column: pa.ChunkedArray, origin_ns: int) -> np.ndarray:
-    """Seconds (n_rows,) float64 since the origin, NaN for null; the subtraction is made in integers."""
-    ns = nanoseconds(column)
+def seconds_since(column: pa.ChunkedArray, origin_ns: int, name: str) -> np.ndarray:
+    """Seconds (n_rows,) float64 since the origin, NaN for null; the subtraction is made in integers.
+
+    Raises
+    ------
+    DataError : as `nanoseconds`.
+    """
+    ns = nanoseconds(column, name)
     values = ns.fill_null(origin_ns).to_numpy(zero_copy_only=False)
     # Of dates far apart the difference in nanoseconds would overflow: whole seconds and the rest apart.
     whole = values // NS - origin_ns // NS

@@ -147,6 +147,11 @@ def _running_address() -> str | None:
 
 def nodes() -> list[Node]:
     """Nodes that are alive and have CPUs, in the order of their ids."""
+    return [node for node in living_nodes() if node.n_cpus]
+
+
+def living_nodes() -> list[Node]:
+    """Nodes that are alive, in the order of their ids; a head may have no CPUs, and drivers run on it all the same."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -158,7 +163,7 @@ def nodes() -> list[Node]:
         )
         for n in ray.nodes() if n["Alive"]
     ]  # fmt: skip
-    return sorted((n for n in found if n.n_cpus), key=lambda n: n.node_id)
+    return sorted(found, key=lambda n: n.node_id)
 
 
 def autoscaler_cpus() -> int:
@@ -318,12 +323,12 @@ def run_tasks(
 
 
 def run_on_every_node(function: Callable[[T], R], item: T) -> list[R]:
-    """Results of `function(item)`, run once on each node that is alive, in the order of `nodes()`."""
+    """Results of `function(item)`, run once on each node that is alive, in the order of `living_nodes()`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     refs = []
-    for node in nodes():
+    for node in living_nodes():
         there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         refs.append(ray.remote(num_cpus=0, scheduling_strategy=there)(function).remote(item))
     try:

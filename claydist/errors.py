@@ -10,7 +10,8 @@ ClaydistError                 1  needed the data or the cluster to be seen
 ├── RegistryError             1  no such model, version or alias
 ├── ClusterError              1  the cluster can never hold what was asked for
 ├── TrainingError             1  training started and could not be finished
-│   └── ContractError         1  workers disagree on the shard contract
+│   ├── ContractError         1  workers disagree on the shard contract
+│   └── MetricError           1  the metric that decides when to stop is no number
 ├── GoalsMissed               3  the model is registered and not promoted
 ├── Locked                    4  another run holds the lock
 └── GateFailed                5  a gate refused to publish
@@ -86,6 +87,10 @@ class TrainingError(ClaydistError):
 
 class ContractError(TrainingError):
     """Workers disagree on names, order, dtypes, vocabulary, parameters, versions or world size."""
+
+
+class MetricError(TrainingError):
+    """The metric that decides when to stop is no number; the same on all workers, and again after a restart."""
 
 
 class GoalsMissed(ClaydistError):

@@ -214,7 +214,7 @@ class FeaturePlan:
                 )
             return values
         if f.kind == "seconds":
-            return seconds_since(column, f.origin_ns)
+            return seconds_since(column, f.origin_ns, f.column)
         local = _in_zone(column, next(c for c in self.schema.columns if c.name == f.column))
         return native_values(_CALENDAR[str(f.part)](local))
 
@@ -278,7 +278,7 @@ def _categorical(column: Column, profile: ColumnProfile, data: DataSpec) -> Feat
 
 
 def _numeric(column: Column, profile: ColumnProfile, missing_indicator: bool) -> Feature:
-    scale = _scale(profile)
+    scale = profile.variance**0.5 or 1.0
     indicator = missing_indicator and profile.n_null > 0
     if column.type in ("timestamp", "date"):
         origin_ns = int(profile.minimum or 0)
@@ -288,11 +288,6 @@ def _numeric(column: Column, profile: ColumnProfile, missing_indicator: bool) ->
             origin_ns=origin_ns, mean=mean, scale=scale, indicator=indicator,
         )  # fmt: skip
     return Feature(column.name, column.name, "numeric", mean=profile.mean, scale=scale, indicator=indicator)
-
-
-def _scale(profile: ColumnProfile) -> float:
-    """Standard deviation; 1 for a constant, whose variance may be the rounding of its mean."""
-    return 1.0 if profile.minimum == profile.maximum else profile.variance**0.5 or 1.0
 
 
 def float32_warnings(plan: FeaturePlan, profiles: Mapping[str, ColumnProfile]) -> list[str]:

@@ -153,13 +153,7 @@ def prior(target: Target, numbers: ColumnSums, weights: Mapping[Any, float]) -> 
     ----------
     numbers : weighted sums of a numeric label; of being above, where `above` makes it binary.
     weights : weight of the rows by label value, where there are few values.
-
-    Raises
-    ------
-    DataError : when the weights of the training rows are all zero.
     """
-    if (numbers.n_rows or weights) and not numbers.moments.weight and not any(weights.values()):
-        raise DataError("the weights of the training rows are all zero; expected some above 0 (data.weight)")
     if target.task == "ranking":
         return []
     if not target.classes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -23,6 +25,14 @@ INDEX_COPIES = 2
 ROW_BYTES = 73
 # For each output beyond the first (of a class or quantile): gradient pair, prediction, and its copy for the metric.
 OUTPUT_BYTES = 16
+# The histogram of a node: two doubles for each bin of each feature. XGBoost keeps those of a tree's nodes until it is
+# grown, and at most so many (max_cached_hist_node, doc/parameter.rst).
+HISTOGRAM_BYTES = 16
+CACHED_NODES = 65_536
+# Where depth does not bound them: a node for so many rows in deep trees of noise. Labels that follow the features
+# closely make three times as many, and skewed ones a third.
+NODE_ROWS = 12
+HESSIAN_COPIES = 3
 # Of a ranking's encoded rows while they are put in the order of their queries: batches, concatenated, sorted.
 RANKING_COPIES = 3
 
@@ -31,7 +41,8 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
     """Estimated peak PSS of one training worker in MB (10^6 bytes).
 
     Of a ranking all encoded rows are held besides while they are binned; a linear model keeps each column in the width
-    that it is computed with.
+    that it is computed with. Deep trees hold histograms of as many nodes as the labels make of the rows, which nobody
+    knows before.
 
     Parameters
     ----------
@@ -41,14 +52,34 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
     rows = n_rows / n_workers
     widths = [width for column in columns for width in _widths(column, spec.data)]
     cells = rows * len(widths)
-    batches = 12 * BATCH_ROWS * len(widths)
+    batches = 12 * min(rows, BATCH_ROWS) * len(widths)
     if isinstance(spec.model, XGBoostSpec):
-        width = 1 if int(spec.model.params.get("max_bin", 256)) <= 256 else 2
+        width = 1 if n_bins(spec.model) <= 256 else 2
         # The matrix is made when the first two copies are gone, and is not larger.
         kept = RANKING_COPIES * rows * sum(widths) if spec.data.group is not None else 0
         row = ROW_BYTES + OUTPUT_BYTES * (max(n_classes, len(spec.model.quantiles), 1) - 1)
-        return BASE_MB + (INDEX_COPIES * width * cells + kept + row * rows + batches) / 1e6
-    return BASE_MB + (rows * (sum(widths) + 32) + batches) / 1e6
+        histograms = HISTOGRAM_BYTES * n_nodes(spec.model, n_rows) * min(n_bins(spec.model), n_rows) * len(widths)
+        return BASE_MB + (INDEX_COPIES * width * cells + kept + row * rows + batches + histograms) / 1e6
+    hessian = HESSIAN_COPIES * 8 * len(widths) ** 2 if spec.model.solver == "newton" else 0
+    return BASE_MB + (rows * (sum(widths) + 32) + batches + hessian) / 1e6
+
+
+def n_bins(model: XGBoostSpec) -> int:
+    """Bins of a feature; XGBoost's own number where the spec's is none, which is told elsewhere."""
+    return _number(model.params.get("max_bin"), 256)
+
+
+def n_nodes(model: XGBoostSpec, n_rows: int) -> float:
+    """Nodes whose histograms a worker holds while a tree grows; of all workers' rows, for all grow the same tree."""
+    given = model.params
+    depth, leaves = _number(given.get("max_depth"), 6), _number(given.get("max_leaves"), 0)
+    by_rows = n_rows / max(NODE_ROWS, _number(given.get("min_child_weight"), 1))
+    cached = _number(given.get("max_cached_hist_node"), CACHED_NODES)
+    return min(2 ** min(depth, 30) if depth else math.inf, 2 * leaves or math.inf, by_rows, cached)
+
+
+def _number(value: Any, default: int) -> int:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else default
 
 
 def _widths(field: pa.Field, data: DataSpec) -> list[int]:

@@ -121,7 +121,9 @@ class MetricSums:
         self.n_rows += len(outcome.y)
         self.sum_w += float(len(outcome.y) if outcome.w is None else outcome.w.sum(dtype=np.float64))
         if len(outcome.y):
-            self.parts.add(outcome)
+            # What is infinite is told at the end, by `infinite`.
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                self.parts.add(outcome)
 
     def __add__(self, other: MetricSums) -> MetricSums:
         if (self.task, self._made_of) != (other.task, other._made_of):
@@ -135,9 +137,16 @@ class MetricSums:
         return total
 
     def values(self) -> Values:
-        """Metrics by name; None where one is not defined on these rows."""
+        """Metrics by name; None where one is not defined on these rows, or is infinite."""
         values = self.parts.values()
-        return values if self.sum_w > 0 else dict.fromkeys(values)
+        if self.sum_w <= 0:
+            return dict.fromkeys(values)
+        return {name: None if value is None or not np.isfinite(value) else value for name, value in values.items()}
+
+    def infinite(self) -> list[str]:
+        """Names of the metrics that are not finite: some prediction is infinite, or its square is."""
+        values = self.parts.values() if self.sum_w > 0 else {}
+        return [name for name, value in values.items() if value is not None and not np.isfinite(value)]
 
 
 class BinarySums:

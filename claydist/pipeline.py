@@ -22,11 +22,11 @@ from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
 from claydist.display import Display
 from claydist.errors import ClaydistError, DataError, RegistryError, TrainingError
-from claydist.evaluate import Evaluation, EvaluationPlan, evaluate
+from claydist.evaluate import ALL_ROWS, Evaluation, EvaluationPlan, evaluate
 from claydist.memory import check_memory
 from claydist.models import LinearModel, Model, XGBoostModel
 from claydist.predictor import Predictor
-from claydist.preparation import Prepared, Tables, memory_bytes, open_tables, plan_workers, prepare
+from claydist.preparation import Prepared, Tables, check_shared, memory_bytes, open_tables, plan_workers, prepare
 from claydist.registry import Registry
 from claydist.reporting.data import report_data
 from claydist.reporting.html import render_report
@@ -94,16 +94,18 @@ def train(
     try:
         with run.kept_alive():
             with clock.stage("statistics"):
+                check_shared(run.store)
                 if not layout.scales:
                     # Tasks wait for a CPU without a word and without an end.
                     cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
                 prepared = prepare(spec, tables, cache_dir)
+                # Parameters are checked before the memory, which is estimated by them.
+                job = _job(spec, prepared, run, cache_dir)
                 if not layout.scales:
                     check_memory(spec, prepared, run.facts["layout"])
             for warning in prepared.warnings:
                 display.say(warning)
             with clock.stage("training"):
-                job = _job(spec, prepared, run, cache_dir)
                 # A resumed run keeps its layout, which this cluster may not hold.
                 planned = cluster.plan_layout(
                     cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
@@ -111,20 +113,19 @@ def train(
                 )  # fmt: skip
                 cluster.wait_for_room(planned, spec.train.wait_s, display.say)
                 result = train_on_ray(job, spec.train, memory_bytes(spec), display.progress)
-                if result.outcome.get("converged") is False:
-                    display.say(
-                        f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
-                        f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
-                    )
             predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
             with clock.stage("evaluation"):
                 evaluations = {
                     name: evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir))
                     for name in prepared.judged_parts
                 }
+                doubts = _doubts(result, evaluations)
+                for doubt in doubts:
+                    display.say(doubt)
                 goals = _judge(spec, evaluations)
                 champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
             with clock.stage("registration"):
+                prepared = replace(prepared, warnings=(*prepared.warnings, *doubts))
                 trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
                                     promote, clock, resumed)  # fmt: skip
     except BaseException as e:
@@ -142,7 +143,8 @@ def train(
 def _open_run(
     spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, display: Display, *, resume: bool
 ) -> tuple[Run, bool]:
-    """The run to go on with, or a new one, and which of the two; world size and threads are frozen with it."""
+    """The run to go on with, or a new one, and which of the two; world size, threads, versions are frozen with it."""
+    here = versions()
     if resume:
         found = find_unfinished(registry, "train", spec_digest(spec), tables.fingerprint)
         if found and found.state == "running" and not found.is_mine:
@@ -151,12 +153,21 @@ def _open_run(
                 f"{str(found.facts['host']).partition('/')[0]}; wait for its end, or end it first: a run whose process "
                 f"is gone counts as lost a minute later"
             )
-        if found and found.facts.get("layout"):
+        if found and found.facts.get("versions", here) != here:
+            display.say(f"run {found.run_id} was made with other versions of {_other(found, here)}; starting a new one")
+        elif found and found.facts.get("layout"):
             display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
             return found.update(state="running", **process_facts()), True
-        display.say("no unfinished run of this spec and input; starting a new one")
+        else:
+            display.say("no unfinished run of this spec and input; starting a new one")
     run = start_run(registry, "train", spec, spec.name, tables.fingerprint)
-    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}), False
+    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}, versions=here), False
+
+
+def _other(run: Run, here: Mapping[str, str]) -> str:
+    """The libraries whose versions are not those of the run."""
+    then = run.facts["versions"]
+    return ", ".join(f"{name} ({then.get(name)}, now {here[name]})" for name in here if then.get(name) != here[name])
 
 
 def _job(spec: TrainSpec, prepared: Prepared, run: Run, cache_dir: str) -> TrainJob:
@@ -282,12 +293,13 @@ def _register(
         "goals": goals, "promoted": promoted, "workers": job.n_workers, "threads": job.n_threads,
         "restarts": result.n_restarts, "resumed": resumed, "peak_mb": round(result.peak_mb, 1),
         "seconds": {name: round(took, 3) for name, took in clock.seconds.items()},
+        "warnings": list(prepared.warnings),
     }  # fmt: skip
     manifest = {
         **{key: value for key, value in summary.items() if key not in ("model", "uri")},
         "name": spec.name, "kind": spec.model.kind, "run": job.run_id, "spec": public_spec(spec),
         "schema": predictor.schema.to_json(), "slices": evaluations[on].slices, "promotion": why,
-        "warnings": list(prepared.warnings), "inventory": prepared.parts["train"].inventory.to_json(),
+        "inventory": prepared.parts["train"].inventory.to_json(),
         "trained": _facts(result), "unseen": {name: dict(e.unseen) for name, e in evaluations.items()},
         "versions": versions(), "golden": golden_rows(_some_rows(prepared), predictor),
     }  # fmt: skip
@@ -303,6 +315,23 @@ def _register(
         except RegistryError as e:  # another trainer was faster, in the last moment
             summary["promoted"], why = False, e.message
     return Trained(spec.name, version, store.url, predictor, summary, why)
+
+
+def _doubts(result: TrainResult, evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """What a person should know of a model before they use it, as warnings."""
+    doubts = []
+    if result.outcome.get("converged") is False:
+        doubts.append(
+            f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
+            f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
+        )
+    for name, evaluation in evaluations.items():
+        if infinite := evaluation.sums[ALL_ROWS].infinite():
+            doubts.append(
+                f"{', '.join(infinite)} on {name} have no finite value, for some prediction is too large; "
+                f"look for outliers in these rows"
+            )
+    return doubts
 
 
 def _facts(result: TrainResult) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From a spec to everything training is given: tables, parts, roles, target, features.
 
-Only here are data looked at before training; the test rows are counted, and nothing else is learnt from them.
+Only here are data looked at before training. Of the test rows the count, the weights and the label's values are known,
+and that they can be encoded: what would else end a run after its training. Nothing of them goes into features or model.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from typing import Any
 from claydist import cluster
 from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.split import SplitPlan
-from claydist.dataset.statistics import Part, PassPlan, PassSums, part_of, summarise
-from claydist.errors import DataError, SpecError
+from claydist.dataset.statistics import PARTS, Part, PassPlan, PassSums, part_of, summarise
+from claydist.errors import DataError, SpecError, StorageError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
 from claydist.labels import check_bounds, decide_target, prior
-from claydist.metrics import TASK_METRICS
+from claydist.metrics import AUC_CLASSES, TASK_METRICS
 from claydist.models.boosted import ONE_WORKER_OBJECTIVES, booster_params
 from claydist.predictor import Target
 from claydist.profile import ColumnProfile, ColumnSums
 from claydist.registry import Registry, open_registry, registry_url
+from claydist.runs import FILE
 from claydist.schema import Column, Roles, Schema, column_of, decide_roles, type_of
 from claydist.spec import LinearSpec, ScoreSpec, TrainSpec, XGBoostSpec
-from claydist.storage import redact
+from claydist.storage import Store, redact
 from claydist.training.boosting import check_params
 from claydist.training.linear import LOSSES
 
@@ -152,22 +154,21 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     data, main = spec.data, tables.main
     where = ", ".join(map(redact, data.path))
     split = split_plan(spec)
-    expressions = [parse(text) for text in (data.where, *spec.slices, *(g.slice for g in spec.goals)) if text]
-    for expression in expressions:
-        expression.check(main.schema.names)
+    _check_expressions(spec, tables)
     roles = decide_roles(data, main.schema, where, split.columns)
+    label = column_of(main.schema.field(roles.label), where)
     _require_everywhere(main, roles)
     features = [column_of(main.schema.field(name), where) for name in roles.features]
     schema = Schema((*features, *(Column(o, "float") for o in (roles.offset,) if o and o not in roles.features)))
     check_types(schema, data)
-    plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
-    sums = summarise(plan, cluster.run_tasks)
     for name, apart in tables.separate.items():
         _check_separate(apart, main, schema, roles, ", ".join(map(redact, getattr(spec.split, name).path)))
+    plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
+    sums = summarise(plan, cluster.run_tasks)
     parts, labels, held_out = _parts(spec, tables, plan, sums)
     if not parts["train"].n_rows:
         raise DataError("the split leaves no rows to train on; look at data.where and split")
-    target = decide_target(spec, column_of(main.schema.field(roles.label), where), labels)
+    target = decide_target(spec, label, labels)
     indicator = isinstance(spec.model, LinearSpec) and spec.model.missing_indicator
     profiles = sums.profiles()
     _check_target(spec, target, labels)
@@ -209,7 +210,7 @@ def check_paths(paths: Any) -> None:
     SpecError : for a relative local path inside a Ray job or on several nodes.
     """
     relative = [p for p in paths if "://" not in str(p) and not Path(p).is_absolute()]
-    if relative and (cluster.is_inside_job() or len(cluster.nodes()) > 1):
+    if relative and (cluster.is_inside_job() or len(cluster.living_nodes()) > 1):
         raise SpecError(
             f"relative paths {sorted(relative)} mean another place inside a Ray job or on another node; "
             f"give absolute paths that every node sees, or storage URLs (s3://, gs://)"
@@ -227,6 +228,18 @@ def _separate_paths(spec: TrainSpec) -> list[str]:
 
 def _inventory(spec: TrainSpec, paths: tuple[str, ...]) -> Inventory:
     return take_inventory(paths, options=spec.data.storage_options, types=spec.data.types, run=cluster.run_tasks)
+
+
+def _check_expressions(spec: TrainSpec, tables: Tables) -> None:
+    """Pass when `where` and all slices can be computed on every table; else some would only be at the end."""
+    texts = [text for text in (spec.data.where, *spec.slices, *(goal.slice for goal in spec.goals)) if text]
+    for expression in map(parse, texts):
+        expression.mask(tables.main.schema.empty_table())
+        for name, apart in tables.separate.items():
+            try:
+                expression.mask(apart.schema.empty_table())
+            except DataError as e:
+                raise DataError(f"split.{name}.path: {e.message}", e.problems) from None
 
 
 def _require_everywhere(inventory: Inventory, roles: Roles) -> None:
@@ -259,9 +272,12 @@ def _parts(
     """The parts that exist, and over all of them the sums of the label and the held-out categories."""
     parts = {"train": part_of(sums, plan, "train")}
     labels, held_out = sums.labels, dict(sums.held_out)
+    if parts["train"].n_rows:
+        _check_weighted("train", sums)
     for name in ("valid", "test"):
         if getattr(spec.split, name) is None:
             continue
+        there = sums
         if name in tables.separate:
             apart = replace(plan, inventory=tables.separate[name], split=None, only=name)
             there = summarise(apart, cluster.run_tasks)
@@ -272,7 +288,14 @@ def _parts(
             parts[name] = part_of(sums, plan, name)
         if not parts[name].n_rows:
             raise DataError(f"split.{name} holds no rows; look at what it selects")
+        _check_weighted(name, there)
     return parts, labels, held_out
+
+
+def _check_weighted(part: str, sums: PassSums) -> None:
+    """Pass when some row of the part counts; else there is nothing to learn from, to watch or to judge by."""
+    if not sums.weights[PARTS.index(part)]:
+        raise DataError(f"the weights of the rows of {part} are all zero; expected some above 0 (data.weight)")
 
 
 def _check_seen(plan: FeaturePlan, held_out: Mapping[tuple[str, str], frozenset[str]]) -> None:
@@ -297,6 +320,14 @@ def _check_target(spec: TrainSpec, target: Target, labels: ColumnSums) -> None:
     if foreign := sorted({g.metric for g in spec.goals if g.metric.partition("@")[0] not in possible}):
         raise SpecError(
             f"goals: {', '.join(foreign)} are not metrics of the task {target.task!r}: {', '.join(possible)}"
+        )
+    given = {goal.metric for goal in spec.goals}
+    if "pinball" in given and not target.quantiles:
+        raise SpecError("goals: pinball is the loss of quantiles; give model.quantiles, or another metric")
+    if len(target.classes) > AUC_CLASSES and (never := sorted(given & {"auc", "average_precision"})):
+        raise SpecError(
+            f"goals: {', '.join(never)} of {len(target.classes)} classes are not computed, of {AUC_CLASSES} at the "
+            f"most; choose another metric, e.g. logloss"
         )
     if spec.data.offset and (target.task == "multiclass" or len(target.quantiles) > 1):
         raise SpecError(f"data.offset: a model of several outputs ({target.task}) takes no offset; leave it out")
@@ -356,11 +387,26 @@ def check_same_sizes(local: Mapping[str, int]) -> None:
     ------
     DataError : with the nodes that do not, and what they see.
     """
-    if not local or len({node.address for node in cluster.nodes()}) < 2:
-        return
-    problems = [problem for seen in cluster.run_on_every_node(_differing_sizes, local) for problem in seen[:5]]
-    if problems:
+    if problems := _differences(local):
         raise DataError("local files are not the same on every node; use a shared folder or storage URLs", problems)
+
+
+def check_shared(run: Store) -> None:
+    """Pass when every node sees the folder of a run, in which workers leave checkpoints that others go on from.
+
+    Raises
+    ------
+    StorageError : with the nodes that do not.
+    """
+    if run.is_local and (problems := _differences({run.join(FILE).path: run.join(FILE).info().size})):
+        raise StorageError("the registry is not the same on every node; use a shared folder or a storage URL", problems)
+
+
+def _differences(sizes: Mapping[str, int]) -> list[str]:
+    """What nodes see of local files that is not so; looked for only where there are several machines."""
+    if not sizes or len({node.address for node in cluster.living_nodes()}) < 2:
+        return []
+    return [problem for seen in cluster.run_on_every_node(_differing_sizes, sizes) for problem in seen[:5]]
 
 
 def _differing_sizes(expected: Mapping[str, int]) -> list[str]:

@@ -7,6 +7,7 @@ variances"), in the order of the input, so that they do not depend on how many t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pat
 
-from claydist.arrays import native_values
+from claydist.arrays import NS, native_values
 from claydist.errors import DataError
 from claydist.sketch import Sketch
 
@@ -32,11 +33,16 @@ MAX_LABEL_VALUES = 1000
 
 @dataclass(frozen=True)
 class Moments:
-    """Weight, weighted mean and weighted sum of squared deviations of some numbers."""
+    """Weight, weighted mean and weighted sum of squared deviations of some numbers, and the limits of those that count.
+
+    Numbers of weight 0 are outside all of them.
+    """
 
     weight: float = 0.0
     mean: float = 0.0
     m2: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
 
     @classmethod
     def of(cls, values: np.ndarray, w: np.ndarray | None) -> Moments:
@@ -47,7 +53,8 @@ class Moments:
         mean = float(values.mean(dtype=np.float64) if w is None else np.dot(w, values) / total)
         deviations = np.subtract(values, mean, dtype=np.float64)
         m2 = float(np.dot(deviations, deviations) if w is None else np.dot(w * deviations, deviations))
-        return cls(total, mean, m2)
+        counted = values if w is None else values[w > 0]
+        return cls(total, mean, m2, float(counted.min()), float(counted.max()))
 
     def __add__(self, other: Moments) -> Moments:
         weight = self.weight + other.weight
@@ -55,12 +62,14 @@ class Moments:
             return self
         delta = other.mean - self.mean
         share = other.weight / weight
-        return Moments(weight, self.mean + delta * share, self.m2 + other.m2 + delta * delta * self.weight * share)
+        m2 = self.m2 + other.m2 + delta * delta * self.weight * share
+        limits = min(self.low, other.low), max(self.high, other.high)
+        return Moments(weight, self.mean + delta * share, m2, *limits)
 
     @property
     def variance(self) -> float:
-        """Weighted variance with ddof 0."""
-        return self.m2 / self.weight if self.weight else 0.0
+        """Weighted variance with ddof 0; exactly 0 of a constant, whose sum of squares may be the mean's rounding."""
+        return self.m2 / self.weight if self.low < self.high else 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class ColumnSums:
         return ColumnProfile(
             self.n_rows, self.n_null, self.n_infinite, self.moments.mean, self.moments.variance,
             self.minimum, self.maximum, self.inexact_float32, None if self.counts is None else dict(self.counts),
-            {part: (m.mean, _part_scale(m)) for part, m in self.parts.items()}, self.sketch,
+            {part: (m.mean, m.variance**0.5 or 1.0) for part, m in self.parts.items()}, self.sketch,
         )  # fmt: skip
 
 
@@ -162,17 +171,16 @@ def numeric_sums(values: np.ndarray, w: np.ndarray | None, *, sketch: bool = Tru
     return ColumnSums(n_rows, n_null, n_infinite, Moments.of(values, w), low, high, bool(inexact), sketch=summary)
 
 
-def time_sums(ns: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray]) -> ColumnSums:
-    """Sums of timestamps: int64 nanoseconds with nulls; minimum and maximum stay exact integers."""
-    valid = ns.is_valid().to_numpy(zero_copy_only=False)
-    seconds = ns.drop_null().to_numpy(zero_copy_only=False) / 1e9
+def time_sums(times: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray], per_s: int = NS) -> ColumnSums:
+    """Sums of timestamps: int64 with nulls, so many a second; minimum and maximum are exact, in nanoseconds."""
+    valid = times.is_valid().to_numpy(zero_copy_only=False)
+    seconds = times.drop_null().to_numpy(zero_copy_only=False) / per_s
     weights = None if w is None else w[valid]
     base = numeric_sums(seconds, weights)
-    limits = pc.min_max(ns).as_py()
+    limits = pc.min_max(times).as_py()
+    low, high = (None if limits[end] is None else limits[end] * (NS // per_s) for end in ("min", "max"))
     moments = {part: Moments.of(values[valid], weights) for part, values in parts.items()}
-    return ColumnSums(
-        len(ns), ns.null_count, 0, base.moments, limits["min"], limits["max"], parts=moments, sketch=base.sketch
-    )
+    return ColumnSums(len(times), times.null_count, 0, base.moments, low, high, parts=moments, sketch=base.sketch)
 
 
 def category_sums(text: pa.DictionaryArray) -> ColumnSums:
@@ -234,15 +242,15 @@ def check_offsets(column: pa.ChunkedArray, name: str, where: str) -> None:
         raise DataError(f"offset column {name!r} has {n_bad} values in {where} that are null or infinite; mend them")
 
 
-def _part_scale(moments: Moments) -> float:
-    """Standard deviation of small integers; 1 for a constant, whose variance may be the rounding of its mean."""
-    return moments.variance**0.5 if moments.variance > 1e-18 else 1.0
-
-
 def _either(a: Any, b: Any, both: Callable[[Any, Any], Any]) -> Any:
     """The one that is not None, or what `both` makes of the two."""
     return b if a is None else a if b is None else both(a, b)
 
 
 def _merged(a: Counter[Any] | None, b: Counter[Any] | None) -> Counter[Any] | None:
-    return b if a is None else a if b is None else a + b
+    if a is None or b is None:
+        return b if a is None else a
+    # `a + b` walks both in Python, and there may be a million of them.
+    both = a.copy()
+    both.update(b)
+    return both

@@ -86,7 +86,7 @@ class Run:
     def fail(self, error: BaseException) -> Run:
         """The run after it ended badly; its checkpoints stay, for `--resume`."""
         state = "failed" if isinstance(error, Exception) else "interrupted"
-        return self.update(state=state, ended_at=_now(), error=f"{type(error).__name__}: {error}"[:4000])
+        return self.update(state=state, ended_at=_now(), error=redact(f"{type(error).__name__}: {error}")[:4000])
 
 
 def process_facts() -> dict[str, Any]:

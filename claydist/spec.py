@@ -167,6 +167,11 @@ class XGBoostSpec(_Frozen):
             raise ValueError("; ".join(found))
         if self.params.get("booster", "gbtree") not in ("gbtree", "dart"):
             raise ValueError("params.booster: expected gbtree or dart; for a linear model use kind: linear")
+        if self.params.get("booster") == "dart" and self.early_stopping is not None:
+            raise ValueError(
+                "early_stopping with params.booster dart: each round changes the trees before it, so the best round "
+                "cannot be had back; choose rounds, or leave dart out"
+            )
         if self.params.get("tree_method", "hist") != "hist":
             raise ValueError("params.tree_method: claydist trains with hist; the others are not distributed exactly")
         return self

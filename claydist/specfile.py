@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -15,14 +16,16 @@ from claydist.errors import SpecError
 Spec = TypeVar("Spec", bound=BaseModel)
 
 
-def load_spec(kind: type[Spec], source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Spec:
+def load_spec(
+    kind: type[Spec], source: str | Path | Mapping[str, Any], overrides: Iterable[str | tuple[str, Any]] = ()
+) -> Spec:
     """The checked spec of a YAML file or mapping, after `key.path=value` overrides.
 
     Parameters
     ----------
     kind : TrainSpec or ScoreSpec.
     source : path of a YAML file, or the mapping itself.
-    overrides : items like `model.params.max_depth=6`; the value is read as YAML.
+    overrides : items like `model.params.max_depth=6`, whose value is read as YAML, or pairs of key and value.
 
     Raises
     ------
@@ -53,21 +56,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise SpecError(f"cannot read the spec {path}: {e}") from None
     except yaml.YAMLError as e:
-        raise SpecError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+        raise SpecError(f"{path} is not YAML: {_yaml_problem(e)}") from None
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
 
 
-def _override(tree: dict[str, Any], item: str) -> dict[str, Any]:
-    key, equals, text = item.partition("=")
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where; never the line itself, nor a name from it, which may be a credential."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    problem = re.sub(r"(alias|tag|tag handle) ['\"].*", r"\1", error.problem or "it cannot be read")
+    return f"{problem}, in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+
+
+def _override(tree: dict[str, Any], item: str | tuple[str, Any]) -> dict[str, Any]:
+    key, value = _read_item(item) if isinstance(item, str) else item
     keys = key.split(".")
-    if not equals or not all(keys):
+    if not all(keys):
         raise SpecError(f"--set {key!r}: expected KEY=VALUE, e.g. model.params.max_depth=6")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError(f"--set {key!r}: the value is not YAML; quote it, or close its brackets") from None
 
     def put(node: Any, depth: int) -> Any:
         if depth == len(keys):
@@ -84,6 +91,16 @@ def _override(tree: dict[str, Any], item: str) -> dict[str, Any]:
         return {**(node or {}), part: put((node or {}).get(part), depth + 1)}
 
     return put(tree, 0)
+
+
+def _read_item(item: str) -> tuple[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise SpecError(f"--set {key!r}: expected KEY=VALUE, e.g. model.params.max_depth=6")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(f"--set {key!r}: the value is not YAML; quote it, or close its brackets") from None
 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:

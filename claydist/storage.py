@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 import fsspec
+import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import glob_translate
@@ -130,6 +131,17 @@ class Store:
                 )
         below = "/".join(parts)
         return Store(f"{self.url.rstrip('/')}/{below}", self.fs, f"{self.path.rstrip('/')}/{below}") if parts else self
+
+    def says(self, error: Exception) -> str:
+        """What an error of this place says, in one line and without credentials."""
+        return redact(_reason(error), self.fs.storage_options)
+
+    def may_raise(self, error: Exception) -> bool:
+        """True for what the place itself raises, false for a mistake of ours, which keeps its traceback.
+
+        botocore, aiohttp, google.auth and azure each have a tree of errors, none of which is there for sure.
+        """
+        return isinstance(error, (OSError, pa.ArrowException)) or not self.is_local
 
     def exists(self) -> bool:
         """True when a file or directory is there; a place that cannot be looked at is an error, and not absent."""
@@ -270,14 +282,11 @@ class Store:
                 yield _living(self.fs)
             except ClaydistError:
                 raise
-            # botocore, aiohttp, google.auth and azure each have a tree of their own, none of which is there for sure.
             except Exception as e:
-                if self.is_local and not isinstance(e, (OSError, ValueError)):
+                if not (isinstance(e, ValueError) or self.may_raise(e)):
                     raise
-                said = _reason(e)
-                reason = redact(said, self.fs.storage_options)
-                error = StorageError(f"cannot {verb} {self.url}: {reason}; {_advice(e)}")
-                raise error from (e if reason == said else None)
+                error = StorageError(f"cannot {verb} {self.url}: {self.says(e)}; {_advice(e)}")
+                raise error from (e if self.is_local else None)
 
 
 def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Store:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from claydist import pipeline
-from claydist.cluster import run_tasks
+from claydist import cluster, pipeline
+from claydist.cluster import Node, run_tasks
 from claydist.collective import Collective
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
@@ -78,6 +79,20 @@ def run_job(job: TrainJob, *_: Any, **__: Any) -> TrainResult:
     if error := outcome.pop("error", None):
         raise error
     return TrainResult(outcome, 0, outcome.pop("peak_mb"), 0.0)
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pipeline run on one node of 2 CPUs that is this process: tasks here, workers by `run_job`."""
+
+    def tasks(function: Any, items: Sequence[Any], shared: Any = None, **_: Any) -> list[Any]:
+        return [function(item) if shared is None else function(item, shared) for item in items]
+
+    monkeypatch.setattr(cluster, "run_tasks", tasks)
+    monkeypatch.setattr(evaluate, "__defaults__", (tasks,))
+    monkeypatch.setattr(cluster, "living_nodes", lambda: [Node("a", "a", 2, 2, 20 * 10**9)])
+    monkeypatch.setattr(cluster, "autoscaler_cpus", lambda: 0)
+    monkeypatch.setattr(cluster, "run_on_every_node", lambda function, item: [function(item)])
+    monkeypatch.setattr(pipeline, "train_on_ray", run_job)
 
 
 def run_ranks(work: Any, arguments: list[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import yaml
 
 from claydist import pipeline
 from claydist.cli import main
-from claydist.errors import InputChanged
+from claydist.dataset import statistics
+from claydist.display import Silent
+from claydist.errors import DataError, InputChanged
 from claydist.preparation import open_tables, prepare
+from claydist.registry import open_registry
 from claydist.spec import TrainSpec
 from claydist.specfile import load_spec
-from tests.checks import prepare_job, run_job
+from tests.checks import prepare_job, run_job, without_ray
 from tests.tables import cut, make_table, spec_of, write_files
 
 pytestmark = pytest.mark.ray
@@ -152,6 +156,7 @@ def separate_table(table: pa.Table, part: str = "test") -> Change:
 
 
 GOOD = make_table(0, 300)
+FAR = datetime(9999, 12, 31, tzinfo=UTC)
 BAD = [
     Bad("no such path", put(data__path="{folder}/nowhere"), "DataError", "nowhere.*no such file or directory"),
     Bad("no such glob", put(data__path="{folder}/data/*.orc"), "DataError", r"\*\.orc.*no file"),
@@ -180,6 +185,28 @@ BAD = [
         "'parcel' is absent; did you mean 'parcels'"),
     Bad("unknown column in where", put(data__where="kmm > 3"), "DataError", "'kmm'.*'km'"),
     Bad("unknown column in a slice", put(slices=["citty = 'Brno'"]), "DataError", "'citty'.*'city'"),
+    Bad("a slice of another type", put(slices=["km = 'abc'"]), "DataError", "'km' is double.*write a number"),
+    Bad("a goal's slice of another type", put(goals=[{"metric": "auc", "at_least": 0.1, "slice": "city > 3"}]),
+        "DataError", "'city' is string.*write '3'"),
+    Bad("a slice over what the test table lacks", lambda tree, folder: (
+        put(slices=["hours > 3"])(tree, folder),
+        separate_table(GOOD.drop_columns(["hours"]))(tree, folder))[0],
+        "DataError", r"split\.test\.path: .*'hours > 3' names columns.*'hours' is absent"),
+    Bad("a slice that the valid table has in another type", lambda tree, folder: (
+        put(slices=["hours > 3"])(tree, folder),
+        separate_table(values("hours", lambda c: list(map(str, c)), pa.string())(GOOD), "valid")(tree, folder))[0],
+        "DataError", r"split\.valid\.path: .*'hours' is string"),
+    Bad("pinball without quantiles", put(data__label="hours", data__drop=["row", "w", "late", "parcels"],
+                                         goals=[{"metric": "pinball", "at_most": 5}]),
+        "SpecError", r"pinball.*give model\.quantiles", 2),
+    Bad("auc of more classes than are computed", everywhere(
+        values("late", lambda c: [i % 40 for i, _ in enumerate(c)]), model__task="multiclass",
+        goals=[{"metric": "auc", "at_least": 0.1}]), "SpecError", "auc of 40 classes are not computed, of 32", 2),
+    Bad("a time beyond nanoseconds", rewrite(values("sent", first(FAR))), "DataError",
+        r"'sent' has 1 times in .*part-01.* outside the years 1677 to 2262.*data\.where"),
+    Bad("a time beyond nanoseconds in a test row", rewrite(
+        values("sent", first(FAR)), split={"test": {"where": "sent > '2200-01-01'"}}), "DataError",
+        r"'sent' has 1 times in .*part-01"),
     Bad("where that cannot be read", put(data__where="km >> 3"), "SpecError", "km >> 3", 2),
     Bad("a slice that cannot be read", put(slices=["km is"]), "SpecError", "km is", 2),
     Bad("nested column", everywhere(lambda t: t.append_column("tags", pa.array([["a"]] * t.num_rows))), "DataError",
@@ -195,7 +222,15 @@ BAD = [
         r"'w' has 1 values in .*part-01.*negative"),
     Bad("null weights", rewrite(values("w", first(None)), data__weight="w"), "DataError", "'w' has 1 values"),
     Bad("all weights zero", everywhere(values("w", lambda c: [0.0] * len(c)), data__weight="w"), "DataError",
-        "weights of the training rows are all zero"),
+        "weights of the rows of train are all zero"),
+    Bad("all weights of valid zero", everywhere(
+        values("w", lambda c: [float(i >= 20) for i, _ in enumerate(c)]), data__weight="w",
+        data__drop=["row", "hours", "parcels"], split={"valid": {"where": "w = 0"}}, model__early_stopping=2),
+        "DataError", "weights of the rows of valid are all zero"),
+    Bad("all weights zero in the test table", lambda tree, folder: (
+        separate_table(values("w", lambda c: [0.0] * len(c))(GOOD))(tree, folder),
+        put(data__weight="w", data__drop=["row", "hours", "parcels"])(tree, folder))[0],
+        "DataError", "weights of the rows of test are all zero"),
     Bad(
         "negative weights in the test table",
         lambda tree, folder: (
@@ -238,6 +273,12 @@ BAD = [
     Bad("an unknown objective", put(model__objective="reg:nothing"), "SpecError", "reg:nothing", 2),
     Bad("a parameter of XGBoost's misspelt", put(model__params={"max_dept": 3}), "SpecError", "max_dept", 2),
     Bad("a parameter out of range", put(model__params={"subsample": 3}), "SpecError", "subsample", 2),
+    Bad("bins that are text", put(model__params={"max_bin": "5e2"}), "SpecError", "XGBoost refuses them: .*5e2", 2),
+    Bad("bins that are null", put(model__params={"max_bin": None}), "SpecError", "XGBoost refuses them: .*None", 2),
+    Bad("a label of lists", everywhere(values("late", lambda c: [[x] for x in c], pa.list_(pa.int64()))), "DataError",
+        "column 'late' .*is list<.*which no model takes"),
+    Bad("a label of structs", everywhere(values("late", lambda c: [{"a": x} for x in c],
+                                                pa.struct({"a": pa.int64()}))), "DataError", "'late' .*is struct<"),
     Bad("a monotone constraint on nothing", put(model__monotone={"kmm": 1}), "SpecError", "kmm", 2),
     Bad("a loss that does not fit", put(model={"kind": "linear", "loss": "poisson"}), "SpecError", "poisson", 2),
     Bad("poisson with negative labels", everywhere(
@@ -451,3 +492,48 @@ def test_seen_categories_are_no_error_where_unseen_ones_are(ray_cluster: None, t
     tree["data"]["unseen"] = "error"
     spec = load_spec(TrainSpec, tree)
     assert prepare(spec, open_tables(spec)).parts["test"].n_rows > 20
+
+
+def test_times_of_any_year_give_calendar_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    tree = good_spec(tmp_path)
+    rewrite(values("sent", first(FAR)), data__calendar={"sent": ["month", "hour"]})(tree, tmp_path)
+    trained = pipeline.train(load_spec(TrainSpec, tree), open_registry(tree["registry"]), Silent())
+    table = GOOD.slice(0, 2)
+    far, december = (
+        values("sent", lambda _, when=when: [when, when])(table) for when in (FAR, datetime(2026, 12, 31, tzinfo=UTC))
+    )
+    assert trained.predictor.predict(far).equals(trained.predictor.predict(december))
+    profile = json.loads((tmp_path / "registry" / "parcels" / "1" / "profile.json").read_text())
+    assert profile["columns"]["sent"]["max"] == int(FAR.timestamp()) * 10**9
+
+
+def test_an_infinite_prediction_leaves_metrics_out_and_a_model_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    tree = good_spec(tmp_path)
+    rewrite(values("km", first(1e9)), data__label="parcels", data__drop=["row", "w", "late", "hours"],
+            model={"kind": "linear", "loss": "poisson"},
+            split={"test": {"where": "km > 1e8"}})(tree, tmp_path)  # fmt: skip
+    trained = pipeline.train(load_spec(TrainSpec, tree), open_registry(tree["registry"]), Silent())
+    assert trained.summary["metrics"]["test"]["rmse"] is None
+    assert [w for w in trained.summary["warnings"] if w.startswith("rmse, mae, ") and "on test" in w]
+    version = tmp_path / "registry" / "parcels" / "1"
+    manifest = json.loads((version / "manifest.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["warnings"] == trained.summary["warnings"]
+    report = (version / "report.html").read_text()
+    assert "cannot be drawn" in report
+    assert trained.summary["warnings"][0] in report
+
+
+def test_ids_among_the_features_are_told_before_they_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    monkeypatch.setattr(statistics, "MAX_DISTINCT", 100)
+    tree = good_spec(tmp_path)
+    everywhere(values("city", lambda c: [f"{x}-{i}" for i, x in enumerate(c)]))(tree, tmp_path)
+    spec = load_spec(TrainSpec, tree)
+    with pytest.raises(DataError, match=r"'city' .* more than 100 distinct values, as ids have; drop it"):
+        prepare(spec, open_tables(spec))

@@ -12,7 +12,8 @@ import pytest
 
 from claydist import cluster
 from claydist.cluster import Layout, Node, _room, _running_address, plan_layout
-from claydist.errors import ClusterError
+from claydist.errors import ClusterError, SpecError
+from claydist.preparation import check_paths
 
 GIB = 2**30
 
@@ -172,3 +173,19 @@ def test_a_long_wait_is_said_and_ends_with_a_signal(monkeypatch: pytest.MonkeyPa
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - began < 20
     assert said[:3] == [(1, 0.5), (1, 1.0), (1, 1.5)]
+
+
+def test_a_head_without_cpus_is_a_node_that_sees_files_and_takes_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray._private import state
+
+    alive = [
+        {"NodeID": name, "NodeManagerAddress": address, "Alive": True, "Resources": resources}
+        for name, address, resources in (("head", "10.0.0.1", {"memory": 5}), ("w", "10.0.0.2", {"CPU": 4.0}))
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {**alive[0], "NodeID": "dead", "Alive": False}])
+    monkeypatch.setattr(state, "available_resources_per_node", dict)
+    assert [node.node_id for node in cluster.nodes()] == ["w"]
+    assert [node.address for node in cluster.living_nodes()] == ["10.0.0.1", "10.0.0.2"]
+    with pytest.raises(SpecError, match=r"relative paths \['data'\]"):
+        check_paths(["data"])

@@ -130,8 +130,8 @@ def test_dates_are_seconds_too(kind: pa.DataType) -> None:
 
 
 def test_timestamps_beyond_nanoseconds_are_refused() -> None:
-    with pytest.raises(DataError, match="outside the years 1677 to 2262"):
-        nanoseconds(one([dt.datetime(3000, 1, 1)], pa.timestamp("us")).column("a"))
+    with pytest.raises(DataError, match="column 'a' has a time outside the years 1677 to 2262"):
+        nanoseconds(one([dt.datetime(3000, 1, 1)], pa.timestamp("us")).column("a"), "a")
 
 
 def test_a_column_of_nulls_can_stand_for_any_type() -> None:
@@ -368,6 +368,9 @@ def test_a_constant_column_has_scale_one() -> None:
         (feature,) = plan_of(table, np.full(7, 0.3)).features
         assert feature.scale == 1.0, value
         np.testing.assert_allclose(plan_of(table).dense(plan_of(table).encode(table)), 0.0, atol=abs(value) * 1e-15)
+    # Rows without weight do not make a constant vary.
+    table, w = one([5.1] * 1000 + [6.0, 7.0]), np.r_[np.random.default_rng(0).random(1000), 0.0, 0.0]
+    assert [f.scale for f in plan_of(table, w).features] == [1.0]
     days = one([dt.date(2024, 6, 3)] * 7, pa.date32())
     plan = plan_of(days, np.full(7, 0.3), calendar={"a": ["month", "day"]})
     assert [f.scale for f in plan.features] == [1.0, 1.0]

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from claydist import spec
+from claydist.api import _checked
 from claydist.errors import SpecError
 from claydist.spec import ScoreSpec, TrainSpec
 from claydist.specfile import load_spec
@@ -143,6 +145,9 @@ def test_unknown_key_in_goals_and_split_parts() -> None:
     (with_key("model.params", {"seed": 1, "nthread": 2}), "model: params.nthread is set by train.cpus_per_worker; p"),
     (with_key("model.params", {"booster": "gblinear"}), "model: params.booster: expected gbtree or dart"),
     (with_key("model.params", {"tree_method": "exact"}), "model: params.tree_method"),
+    ({**PLAIN, "split": {"valid": {"fraction": 0.1}},
+      "model": {"kind": "xgboost", "early_stopping": 5, "params": {"booster": "dart"}}},
+     "model: early_stopping with params.booster dart: each round changes"),
     (with_key("model.quantiles", [0.5, 1.0]), "model.quantiles.1"),
     (with_key("model", {"kind": "linear", "l1": 1, "solver": "newton"}), "model: solver 'newton' cannot have l1"),
     ({**PLAIN, "goals": [{"metric": "auc", "at_least": 0.1, "at_most": 1}]}, "goals.0: expected exactly one"),
@@ -249,6 +254,17 @@ def test_file_that_is_no_spec(tmp_path: Path, text: str, problem: str) -> None:
     assert problem in problems(str(file))[0]
 
 
+@pytest.mark.parametrize(("text", "line"), [
+    ('a: 1\nstorage_options: {key: A, secret: "s3cr3t\nb: 1\n', 4), ("storage_options:\n  secret: s3cr3t: 1\n", 2),
+    ("secret: *s3cr3t", 1), ("secret: !s3cr3t x", 1), ("secret: !s3!cr3t x", 1), ("&s3cr3t a: &s3cr3t b", 1),
+])  # fmt: skip
+def test_a_mistake_in_yaml_is_told_by_its_line_and_not_by_its_text(tmp_path: Path, text: str, line: int) -> None:
+    (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")
+    [problem] = problems(tmp_path / "spec.yaml")
+    assert "cr3t" not in problem
+    assert f", in line {line}, column " in problem
+
+
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no spec at" in problems(tmp_path / "absent.yaml")[0]
     assert "cannot read the spec" in problems(tmp_path)[0]
@@ -265,3 +281,14 @@ def test_score_spec_wants_a_whole_date() -> None:
     base = {"model": "m", "input": "x", "output": "y"}
     assert "expected year, month and day" in problems({**base, "date": {"year": "y"}}, ScoreSpec)[0]
     assert load_spec(ScoreSpec, {**base, "date": {"year": "y", "month": "m", "day": "d"}}).date
+
+
+def test_python_gives_numbers_and_paths_of_its_libraries() -> None:
+    spec = {**PLAIN, "data": {**PLAIN["data"], "path": Path("/x")}}
+    params = {"eta": np.float64(0.5)}
+    found = _checked(TrainSpec, spec, {"model__rounds": np.int64(5), "model__params": params,
+                                       "data__drop": np.array(["a"]), "registry": Path("/r")})  # fmt: skip
+    assert (found.model.rounds, found.data.path, found.data.drop, found.registry) == (5, ("/x",), ("a",), "/r")
+    assert type(found.model.params["eta"]) is float
+    with pytest.raises(SpecError, match=r"model\.rounds"):
+        _checked(TrainSpec, PLAIN, {"model__rounds": object()})

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from claydist.errors import ClaydistError, StorageError
-from claydist.storage import Store, redact
+from claydist.storage import Store
 
 KEEP_FREE_BYTES = 2 << 30
 """The cache leaves so much of the disk free; what does not fit is fetched in every pass."""
@@ -76,13 +76,14 @@ class ChunkCache:
         except ClaydistError:
             raise
         except Exception as e:  # every package for a remote store has errors of its own
-            reason = redact(str(e), fs.storage_options)
-            raise StorageError(f"cannot read {self.store.url}: {reason}; check the connection and run again") from None
+            said = self.store.says(e)
+            raise StorageError(f"cannot read {self.store.url}: {said}; check the connection and run again") from None
         return [bytes(data) for data in found]
 
     def _keep(self, span: Range, data: bytes) -> bool:
         """Whether the bytes are on the disk now; another worker may put the same there at the same time."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        # The rows may be nobody else's business.
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(self.directory).free - len(data) < KEEP_FREE_BYTES:
             return False
         name = self._name(span)

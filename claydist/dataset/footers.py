@@ -16,7 +16,7 @@ import pyarrow.types as pat
 
 from claydist.dataset.listing import Found, Keys, find_files, shared_files
 from claydist.dataset.unify import key_scalar, key_types, unify
-from claydist.errors import DataError, InputChanged, StorageError
+from claydist.errors import ClaydistError, DataError, InputChanged, StorageError
 from claydist.storage import Store
 
 FILES_PER_TASK = 200
@@ -258,8 +258,12 @@ def _read_footer(f: Found, shared: dict[pa.Schema, pa.Schema]) -> Footer:
         fs, path = f.store.arrow()
         metadata = pq.read_metadata(path, filesystem=fs)
         schema = _bare(metadata.schema.to_arrow_schema())
-    except (pa.ArrowException, OSError) as e:
-        return Footer(problem=f"cannot be read as Parquet ({' '.join(str(e).split())[:200]})")
+    except ClaydistError:
+        raise
+    except Exception as e:
+        if not f.store.may_raise(e):
+            raise
+        return Footer(problem=f"cannot be read as Parquet ({f.store.says(e)[:200]})")
     names = schema.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         return Footer(problem=f"columns {twice} stand in it more than once")

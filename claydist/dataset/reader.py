@@ -18,7 +18,7 @@ from claydist.dataset.cache import ChunkCache, chunk_ranges
 from claydist.dataset.footers import Inventory
 from claydist.dataset.shards import Piece
 from claydist.dataset.split import TEST, TRAIN, VALID, SplitPlan, hash_values
-from claydist.errors import DataError
+from claydist.errors import ClaydistError, DataError, StorageError
 from claydist.expressions import parse
 
 BATCH_ROWS = 131_072
@@ -68,6 +68,7 @@ class _Scan:
         Raises
         ------
         InputChanged, DataError : the file is another one than the inventory's, or cannot be decoded.
+        StorageError : a remote store does not give it.
         """
         self.inventory.check_unchanged(self.file)
         entry = self.inventory.files[self.file]
@@ -90,10 +91,19 @@ class _Scan:
                             break
                     else:
                         self._check_rows(first - firsts[group], group)
-        except (pa.ArrowException, OSError) as e:
+        except ClaydistError:
+            raise
+        except Exception as e:
+            store = self.inventory.stores[self.file]
+            if not store.may_raise(e):
+                raise
             self.inventory.check_unchanged(self.file)
-            said = " ".join(str(e).split())[:300]
-            raise DataError(f"cannot read {at} of {self.url}: {said}; write the file anew or leave it out") from e
+            told = f"cannot read {at} of {self.url}: {store.says(e)[:300]}"
+            # What a remote store raised may show the whole URL in its traceback, also where its own text does not.
+            if store.is_local or isinstance(e, pa.ArrowException):
+                cause = e if store.is_local else None
+                raise DataError(f"{told}; write the file anew or leave it out") from cause
+            raise StorageError(f"{told}; check the connection and the credentials, and run again") from None
 
     @property
     def _schema(self) -> pa.Schema:

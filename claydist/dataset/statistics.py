@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from claydist.arrays import nanoseconds, native_values, text_values
+from claydist.arrays import beyond_nanoseconds, nanoseconds, native_values, text_values, whole_seconds
 from claydist.dataset.footers import Inventory
 from claydist.dataset.reader import Selection, read_parts
 from claydist.dataset.split import SplitPlan, hash_values
@@ -37,6 +37,7 @@ from claydist.spec import DataSpec
 
 PARTS = ("train", "valid", "test")
 ROWS_PER_TASK = 1_000_000
+MAX_DISTINCT = 1_000_000
 FILES_PER_TASK = 64
 Task = tuple[tuple[int, tuple[int, ...]], ...]
 """The work of one task: row groups by file."""
@@ -77,6 +78,7 @@ class PassSums:
     label_weights : weight of the training rows by label value.
     columns : sums of the feature columns over the training rows.
     groups : of a ranking, {(file, row group, part): (distinct group hashes, rows of each)}.
+    weights : of the rows of train, valid and test; their number where there is no weight column.
     held_out : under `unseen: error`, {(part, column): categories of its rows}, but for train.
     """
 
@@ -86,6 +88,7 @@ class PassSums:
     label_weights: dict[Any, float] = field(default_factory=dict)
     columns: dict[str, ColumnSums] = field(default_factory=dict)
     groups: Groups = field(default_factory=dict)
+    weights: tuple[float, ...] = (0.0, 0.0, 0.0)
     held_out: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
 
     def __add__(self, other: PassSums) -> PassSums:
@@ -107,7 +110,8 @@ class PassSums:
             for key in {**self.held_out, **other.held_out}
         }
         labels, numbers = capped(self.labels + other.labels), self.label_numbers + other.label_numbers
-        return PassSums(counts, labels, numbers, weights, columns, groups, held)
+        by_part = tuple(map(sum, zip(self.weights, other.weights, strict=True)))
+        return PassSums(counts, labels, numbers, weights, columns, groups, by_part, held)
 
     def profiles(self) -> dict[str, ColumnProfile]:
         """Profiles of the feature columns over the training rows."""
@@ -164,6 +168,7 @@ def summarise(plan: PassPlan, run: Run) -> PassSums:
     result = PassSums()
     for sums in run(sum_task, plan_tasks([entry.row_groups for entry in plan.inventory.files]), plan):
         result = result + sums
+        _check_distinct(result)
     _check(result, plan)
     return result
 
@@ -213,15 +218,20 @@ def sum_task(task: Task, plan: PassPlan) -> PassSums:
         ):
             given = np.full(table.num_rows, PARTS.index(plan.only), np.int8) if plan.only else parts
             result = result + _batch_sums(plan, (file, group), given, table, where)
+            _check_distinct(result)
     return result
 
 
 def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: pa.Table, where: str) -> PassSums:
     rows = tuple(np.bincount(parts, minlength=3).tolist())
     roles = plan.roles
+    _check_times(plan, table, where)
     groups: Groups = {}
+    w = None
     if roles.weight:
-        check_weights(native_values(table.column(roles.weight)).astype(np.float64), roles.weight, where)
+        w = native_values(table.column(roles.weight)).astype(np.float64)
+        check_weights(w, roles.weight, where)
+    weights = tuple(map(float, np.bincount(parts, w, minlength=3)))
     if roles.offset:
         check_offsets(table.column(roles.offset), roles.offset, where)
     if roles.group:
@@ -236,11 +246,35 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
             apart = table if rows[at] == len(parts) else table.filter(pa.array(parts == at))
             _check_held_out(plan, apart, where)
             held |= {(PARTS[at], name): found for name, found in _held_categories(plan, apart).items()}
-    counted = PassSums({key: rows}, _label_sums(table.column(roles.label)), groups=groups, held_out=held)
+    counted = PassSums(
+        {key: rows}, _label_sums(table.column(roles.label)), groups=groups, weights=weights, held_out=held
+    )
     if not plan.features or not rows[0]:
         return counted
     train = table if rows[0] == len(parts) else table.filter(pa.array(parts == 0))
     return counted + _train_sums(plan, train, where)
+
+
+def _check_times(plan: PassPlan, table: pa.Table, where: str) -> None:
+    """Pass when nanoseconds hold every time that becomes seconds; held-out rows are encoded only at the end."""
+    for column in plan.features:
+        if column.type not in ("timestamp", "date") or column.name in plan.data.calendar:
+            continue
+        if n_bad := int(beyond_nanoseconds(table.column(column.name)).sum()):
+            raise DataError(
+                f"column {column.name!r} has {n_bad} times in {where} outside the years 1677 to 2262 that nanoseconds "
+                f"can hold: make them null, leave the rows out with data.where, or take parts (data.calendar)"
+            )
+
+
+def _check_distinct(sums: PassSums) -> None:
+    """Pass while every category fits into memory; ids do not, and teach nothing."""
+    for name, column in sums.columns.items():
+        if column.counts is not None and len(column.counts) > MAX_DISTINCT:
+            raise DataError(
+                f"column {name!r} is a category and has more than {MAX_DISTINCT:,} distinct values, as ids have; "
+                f"drop it (data.drop), or group its values"
+            )
 
 
 def _check_held_out(plan: PassPlan, table: pa.Table, where: str) -> None:
@@ -282,7 +316,12 @@ def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, d
         parts: dict[str, np.ndarray] = {
             p: native_values(_CALENDAR[p](cast)) for p in data.calendar.get(column.name, ())
         }
-        return time_sums(nanoseconds(values), w, parts)
+        # Parts alone are computed of a column with a calendar, and they have no years that are too far away.
+        return (
+            time_sums(whole_seconds(values), w, parts, 1)
+            if parts
+            else time_sums(nanoseconds(values, column.name), w, parts)
+        )
     return numeric_sums(native_values(values), w)
 
 

@@ -77,7 +77,7 @@ def booster_params(spec: XGBoostSpec, task: str, plan: FeaturePlan, n_classes: i
 
     Raises
     ------
-    SpecError : for a constraint that names no feature.
+    SpecError : for a constraint that names no feature, or an order of one that has none.
     """
     objective = objective_of(spec, task)
     params: dict[str, Any] = {
@@ -93,6 +93,9 @@ def booster_params(spec: XGBoostSpec, task: str, plan: FeaturePlan, n_classes: i
         params["quantile_alpha"] = list(spec.quantiles)
     if spec.monotone:
         known = _known(plan, spec.monotone, "model.monotone")
+        codes = sorted(f.name for f in plan.features if f.kind == "categorical" and spec.monotone.get(f.name))
+        if codes:
+            raise SpecError(f"model.monotone names {codes}, which are categories and have no order; leave them out")
         # As text with positions: names are only translated when a booster is made, not when it is loaded.
         params["monotone_constraints"] = str(tuple(spec.monotone.get(name, 0) for name in known))
     if spec.interactions:

@@ -224,8 +224,6 @@ def fit_linear(
     total: Total,
     n_threads: int = 1,
     progress: Callable[[int, float], None] | None = None,
-    checkpoint: Callable[[int, LinearModel], None] | None = None,
-    warm: LinearModel | None = None,
 ) -> LinearFit:
     """Fit, equal on all workers, to sum w_i loss_i / sum w + l2 / (2 sum w) |coef|_2^2 + l1 / sum w |coef|_1.
 
@@ -238,8 +236,6 @@ def fit_linear(
     total : sum over workers of an equally shaped float64 array; every worker calls it in the same order.
     n_threads : threads of this worker; the result does not depend on it.
     progress : called with iteration and objective after each step.
-    checkpoint : called with iteration and model after each step; any of them can be `warm` later.
-    warm : where to start. Newton goes on as if undisturbed; L-BFGS loses the memory of its last steps.
 
     Raises
     ------
@@ -247,7 +243,7 @@ def fit_linear(
         when no worker has a row, weights are not finite, negative or all zero, an offset is not finite, or labels are
         none of the loss.
     TrainingError
-        when `warm` has other shapes, `solver: newton` has too many coefficients, or the objective is not finite.
+        when `solver: newton` has too many coefficients, or the objective is not finite.
     """
     name = "multinomial" if loss == "logistic" and n_outputs > 1 else loss
     shape = Shape(n_dense, n_onehot, n_outputs)
@@ -256,17 +252,12 @@ def fit_linear(
     penalised[:, -1] = 0.0
     ridge = Ridge(penalised.ravel() * (spec.l2 / sum_w))
     lasso = Lasso(penalised.ravel() * (spec.l1 / sum_w))
-    if warm is None:
-        start = np.zeros((n_outputs, shape.n_coef + 1))
-        start[:, -1] = LOSSES[name].start(mean_label, mean_offset)
-    else:
-        start = _warm_start(warm, name, shape)
+    start = np.zeros((n_outputs, shape.n_coef + 1))
+    start[:, -1] = LOSSES[name].start(mean_label, mean_offset)
 
-    def report(n_iter: int, value: float, params: np.ndarray) -> None:
+    def report(n_iter: int, value: float, _: np.ndarray) -> None:
         if progress is not None:
             progress(n_iter, value)
-        if checkpoint is not None:
-            checkpoint(n_iter, _model(params, name, shape))
 
     # BLAS gains nothing from threads on matrices this narrow, and its bits depend on them: the rows are shared out
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_threads) as pool:
@@ -346,17 +337,6 @@ def _check_rows(chunks: Sequence[Chunk], loss: Loss, n_outputs: int, total: Tota
     if problems:
         raise DataError("training rows do not fit the model; correct them or leave them out with data.where", problems)
     return sum_w, sum_wy / sum_w, sum_wo / sum_w
-
-
-def _warm_start(warm: LinearModel, loss: str, shape: Shape) -> np.ndarray:
-    found = (warm.loss, warm.n_dense, warm.coef.shape)
-    expected = (loss, shape.n_dense, (shape.n_outputs, shape.n_coef))
-    if found != expected:
-        raise TrainingError(
-            f"checkpoint of a linear model: expected loss, n_dense and shape of coef {expected!r}, found {found!r}; "
-            "it is from another run: start afresh"
-        )
-    return np.column_stack([warm.coef, warm.intercept])
 
 
 def _model(params: np.ndarray, loss: str, shape: Shape) -> LinearModel:

@@ -30,7 +30,9 @@ def curves(sums: MetricSums) -> dict[str, Any]:
     if not sums.sum_w > 0:
         return {}
     draw: dict[str, Any] = {"binary": _binary, "multiclass": _multiclass, "regression": _regression, "ranking": _groups}
-    found: dict[str, Any] = draw[sums.task](sums.parts)
+    # Of infinite predictions come NaN, which the plot says it cannot draw.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        found: dict[str, Any] = draw[sums.task](sums.parts)
     return found
 
 

@@ -157,12 +157,16 @@ def _svg(name: str, title: str, draw: Any, x_label: str, y_label: str, *, square
     with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(4.2, 3.6) if square else (6.4, 3.2), layout="constrained", facecolor="none")
         ax = figure.add_subplot(facecolor="none")
-        draw(ax)
-        ax.set_xlabel(x_label)
-        ax.set_ylabel(y_label)
         text = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
+        try:
+            draw(ax)
+            ax.set_xlabel(x_label)
+            ax.set_ylabel(y_label)
+            canvas.print_svg(text, metadata={"Date": None, "Creator": None})
+        except (ValueError, ArithmeticError, LookupError) as e:
+            # Numbers that cannot be drawn, such as infinite ones: no reason to lose the model of a report.
+            return Markup("<p>{} cannot be drawn: {}</p>").format(title, e)
     return _for_page(text.getvalue(), name, title)
 
 

@@ -151,7 +151,7 @@ def check_output_visible(output: Store) -> None:
 def _has_several_hosts() -> bool:
     # Asking Ray for its nodes would start it.
     ray = sys.modules.get("ray")
-    return bool(ray and ray.is_initialized()) and len({node.address for node in cluster.nodes()}) > 1
+    return bool(ray and ray.is_initialized()) and len({node.address for node in cluster.living_nodes()}) > 1
 
 
 def _host_without(place: Store) -> str:

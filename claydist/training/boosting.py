@@ -21,7 +21,7 @@ import numpy as np
 import xgboost as xgb
 
 from claydist.collective import Collective
-from claydist.errors import SpecError
+from claydist.errors import MetricError, SpecError
 from claydist.features import Encoded, FeaturePlan
 from claydist.models.boosted import is_random, position_names
 from claydist.spec import XGBoostSpec
@@ -40,12 +40,13 @@ ROW_BYTES = 32
 # The metric of the training rows is for the eye: beyond so many rows only every 25th round is looked at.
 TRAIN_METRIC_ROWS = 200_000
 TRAIN_METRIC_EVERY = 25
-RISING_METRICS = ("ndcg", "map", "pre")
 # Summed exactly over workers by XGBoost; the others (auc, aucpr, custom ones) are averages of the workers' values.
 SUMMED_METRICS = (
     "logloss", "mlogloss", "error", "merror", "rmse", "rmsle", "mae", "mape", "mphe", "poisson-nloglik",
-    "gamma-nloglik", "gamma-deviance", "tweedie-nloglik", "quantile", "ndcg", "map", "pre",
+    "gamma-nloglik", "gamma-deviance", "tweedie-nloglik", "quantile",
 )  # fmt: skip
+# Sums over queries; without queries XGBoost takes each worker's rows as one.
+SUMMED_BY_QUERY = ("ndcg", "map", "pre")
 
 
 def segment_end(done: int, rounds: int) -> int:
@@ -91,19 +92,32 @@ class History:
     @property
     def rises(self) -> bool:
         """True where larger is better."""
-        return self.metric.partition("@")[0] in RISING_METRICS
+        return self.metric.partition("@")[0] in SUMMED_BY_QUERY
 
     def best_round(self) -> int | None:
         """The first round with the best value on valid; None where valid is not watched."""
-        watched = [value for value in self.values.get("valid", []) if value is not None]
-        if not watched:
+        watched = np.array(self.values.get("valid", []), np.float64)
+        if np.isnan(watched).all():
             return None
-        return int(np.argmax(watched) if self.rises else np.argmin(watched))
+        return int(np.nanargmax(watched) if self.rises else np.nanargmin(watched))
 
     def is_over(self, patience: int | None) -> bool:
-        """True when valid has not gained for `patience` rounds."""
+        """True when valid has not gained for `patience` rounds.
+
+        Raises
+        ------
+        MetricError : when the newest value is no number: which round is best cannot be told any more.
+        """
+        valid = self.values.get("valid")
+        if patience is None or not valid:
+            return False
+        if valid[-1] is None or np.isnan(valid[-1]):
+            raise MetricError(
+                f"{self.metric} on valid is not a number in round {len(valid)}, and model.early_stopping cannot go by "
+                f"it; look for labels or predictions that it does not take, or set another model.params.eval_metric"
+            )
         best = self.best_round()
-        return patience is not None and best is not None and len(self.values["valid"]) - 1 - best >= patience
+        return best is not None and len(valid) - 1 - best >= patience
 
 
 class ShardIter(xgb.DataIter):
@@ -253,6 +267,11 @@ def boost(job: TrainJob, collective: Collective, reporter: Reporter) -> dict[str
     }
 
 
+def summed_metrics(objective: str) -> tuple[str, ...]:
+    """Metrics that XGBoost sums exactly over workers, and that may stop the boosting, for this objective."""
+    return SUMMED_METRICS + (SUMMED_BY_QUERY if objective.startswith("rank:") else ())
+
+
 def check_params(params: Mapping[str, Any], plan: FeaturePlan) -> None:
     """Pass when XGBoost takes the parameters, tried on eight rows in this process.
 
@@ -261,10 +280,11 @@ def check_params(params: Mapping[str, Any], plan: FeaturePlan) -> None:
     SpecError : in XGBoost's words, for a value it refuses or a name it does not know.
     """
     metric = str(params["eval_metric"])
-    if metric.partition("@")[0] not in SUMMED_METRICS:
+    summed = summed_metrics(str(params["objective"]))
+    if metric.partition("@")[0] not in summed:
         raise SpecError(
             f"model.params.eval_metric: {metric!r} is an average of workers' values in XGBoost, not a sum; "
-            f"choose one of {', '.join(SUMMED_METRICS)}; claydist reports exact auc and the others at the end"
+            f"choose one of {', '.join(summed)}; claydist reports exact auc and the others at the end"
         )
     rng = np.random.default_rng(0)
     n_classes = int(params.get("num_class", 2))

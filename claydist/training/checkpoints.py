@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from claydist.errors import StorageError
 from claydist.storage import Store, sha256
 
 POINTER = "checkpoint.json"
@@ -29,14 +28,22 @@ def save_checkpoint(run: Store, payload: bytes, state: Mapping[str, Any]) -> Non
 
 
 def find_checkpoint(run: Store) -> tuple[dict[str, Any], bytes] | None:
-    """State and payload of the newest checkpoint; None where there is none that is whole."""
+    """State and payload of the newest checkpoint; None where there is none that is whole.
+
+    Raises
+    ------
+    StorageError : when a file is there and cannot be read now; to start anew would lose what was done.
+    """
     pointer = run.join(POINTER)
     if not pointer.exists():
         return None
+    written = pointer.read()
     try:
-        state = pointer.read_json()
-        payload = run.join(state["file"]).read()
-        is_whole = sha256(payload) == state["sha256"]
-    except (StorageError, ValueError, KeyError, TypeError):
+        state = json.loads(written)
+        payload, digest = run.join(state["file"]), state["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return (state, payload) if is_whole else None
+    if not payload.exists():
+        return None
+    found = payload.read()
+    return (state, found) if sha256(found) == digest else None

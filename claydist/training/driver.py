@@ -13,6 +13,7 @@ from claydist.cluster import prepare_environment
 from claydist.collective import reason
 from claydist.errors import ClaydistError, TrainingError
 from claydist.spec import TrainOptions
+from claydist.storage import redact
 from claydist.training.job import TrainJob
 from claydist.training.progress import Board
 
@@ -131,9 +132,9 @@ def _explain(error: BaseException) -> BaseException:
             cause = getattr(failure, "cause", None) or failure
             if isinstance(cause, ClaydistError) and not isinstance(cause, TrainingError):
                 return cause
-            ranks.setdefault(f"{type(cause).__name__}: {reason(cause)[:300]}", []).append(rank)
+            ranks.setdefault(redact(f"{type(cause).__name__}: {reason(cause)[:300]}"), []).append(rank)
         problems = [f"rank {', '.join(map(str, r))}: {text}" for text, r in sorted(ranks.items())]
         return TrainingError("training failed more often than train.max_failures allows; the last failure", problems)
     if isinstance(error, TrainingFailedError):
-        return TrainingError(f"Ray Train failed: {str(error).strip().splitlines()[0][:500]}")
+        return TrainingError(f"Ray Train failed: {redact(str(error)).strip().splitlines()[0][:500]}")
     return error

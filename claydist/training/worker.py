@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from claydist.collective import Collective
-from claydist.errors import ContractError, SpecError
+from claydist.errors import ContractError, MetricError, SpecError
 from claydist.spec import XGBoostSpec
 from claydist.training.job import TrainJob
 from claydist.training.progress import Reporter
@@ -39,7 +39,7 @@ def run_worker(job: TrainJob, collective: Collective, reporter: Reporter) -> dic
             collective.check_world()
             collective.check_contract(job.contract())
             result = _loop(job)(job, collective, reporter)
-        except (ContractError, SpecError) as e:
+        except (ContractError, MetricError, SpecError) as e:
             return {"error": e}
     peaks = collective.total_objects(memory.peak_mb)
     if collective.rank:

@@ -3,6 +3,7 @@
 
 python -m tests.benchmarks.memory
 python -m tests.benchmarks.memory --shapes 4000000x10 --kinds linear
+python -m tests.benchmarks.memory --shapes 40000x100d14 --kinds xgboost     # trees 14 deep
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from claydist.registry import open_registry
 from claydist.spec import TrainSpec
 from claydist.specfile import load_spec
 
-SHAPES = "400000x28,4000000x10,1000000x100,10000000x28"
+SHAPES = "400000x28,4000000x10,1000000x100,10000000x28,40000x100d14,8000x1000d10,5000x5000"
 N_FILES = 8
 MODELS = {
     "xgboost": {"kind": "xgboost", "rounds": 5, "params": {"max_depth": 6}},
@@ -55,11 +56,12 @@ def write_table(folder: Path, n_rows: int, n_columns: int) -> Path:
     return place
 
 
-def measure(place: Path, kind: str, n_workers: int) -> tuple[float, float]:
+def measure(place: Path, kind: str, n_workers: int, depth: int) -> tuple[float, float]:
     """Estimated and measured MB."""
+    model = MODELS[kind] | ({"params": {"max_depth": depth}} if kind == "xgboost" else {})
     spec = load_spec(TrainSpec, {
         "name": "memory", "data": {"path": str(place), "label": "y"}, "split": {"test": {"fraction": 0.01}},
-        "model": MODELS[kind], "train": {"workers": n_workers, "cpus_per_worker": 1},
+        "model": model, "train": {"workers": n_workers, "cpus_per_worker": 1},
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trained = train(spec, open_registry(folder), Silent())
@@ -78,11 +80,12 @@ def main() -> None:
 
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     for shape in args.shapes.split(","):
-        n_rows, n_columns = map(int, shape.split("x"))
+        size, _, depth = shape.partition("d")
+        n_rows, n_columns = map(int, size.split("x"))
         place = write_table(args.dir, n_rows, n_columns)
         for kind in args.kinds.split(","):
             for n_workers in map(int, args.workers.split(",")):
-                estimated, measured = measure(place, kind, n_workers)
+                estimated, measured = measure(place, kind, n_workers, int(depth or 6))
                 print(f"{shape:>12} {kind:8} {n_workers} workers: estimated {estimated:6,.0f} MB, measured "
                       f"{measured:6,.0f} MB, ratio {estimated / measured:.2f}", flush=True)  # fmt: skip
     ray.shutdown()

@@ -119,3 +119,10 @@ def test_places_that_are_shown_alike_are_cached_apart(tmp_path) -> None:
     assert ChunkCache(other, tmp_path, 4, "1").read((0, 4)) == b"othe"
     assert ChunkCache(stored, tmp_path, 4, "1").read((0, 4)) == b"PAR1"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_nobody_else_may_read_the_copy(tmp_path: Path) -> None:
+    file = open_store("memory://cache-mode/a")
+    file.write(b"0123456789")
+    ChunkCache(file, tmp_path / "copy", 10, "one").fetch([(0, 4)])
+    assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o700

@@ -19,7 +19,7 @@ from claydist.models.boosted import (
 )
 from claydist.schema import Column, Schema
 from claydist.spec import XGBoostSpec
-from claydist.training.boosting import SUMMED_METRICS
+from claydist.training.boosting import summed_metrics
 
 PLAN = FeaturePlan(
     Schema((Column("a", "float"), Column("b", "string"), Column("c", "float"))),
@@ -62,7 +62,8 @@ def trained(task: str = "regression", *, rounds: int = 5, **keys: Any) -> tuple[
 def test_objective_and_metric_by_task(task: str) -> None:
     found = params(task)
     assert found["objective"] == OBJECTIVES[task]
-    assert found["eval_metric"] == EVAL_METRICS[task] in SUMMED_METRICS
+    assert found["eval_metric"] == EVAL_METRICS[task]
+    assert found["eval_metric"] in summed_metrics(found["objective"])
     assert (found["tree_method"], found["nthread"]) == ("hist", 2)
     assert found.get("num_class") == (3 if task == "multiclass" else None)
 
@@ -70,7 +71,7 @@ def test_objective_and_metric_by_task(task: str) -> None:
 @pytest.mark.parametrize(("task", "objective"), [(t, o) for t, names in TASK_OBJECTIVES.items() for o in names])
 def test_every_objective_has_a_metric_that_is_summed(task: str, objective: str) -> None:
     quantiles = {"quantiles": [0.5]} if objective == "reg:quantileerror" else {}
-    assert params(task, objective=objective, **quantiles)["eval_metric"] in SUMMED_METRICS
+    assert params(task, objective=objective, **quantiles)["eval_metric"] in summed_metrics(objective)
 
 
 @pytest.mark.parametrize(("task", "keys", "text"), [
@@ -103,6 +104,13 @@ def test_constraints_by_name() -> None:
     for keys in ({"monotone": {"zz": 1}}, {"interactions": [["a", "zz"]]}):
         with pytest.raises(SpecError, match=r"names \['zz'\], which are not features; features: a, b, c"):
             params(**keys)
+
+
+def test_a_category_has_no_order_to_be_monotone_in() -> None:
+    assert PLAN.kinds[1] == "c"
+    assert params(monotone={"b": 0, "a": 1})["monotone_constraints"] == "(1, 0, 0)"
+    with pytest.raises(SpecError, match=r"model\.monotone names \['b'\], which are categories"):
+        params(monotone={"b": 1})
 
 
 def test_monotone_constraint_holds() -> None:

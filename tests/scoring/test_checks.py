@@ -19,7 +19,7 @@ from tests.scoring.support import make_spec, write_days
 def lay_over(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
     """Have Ray, with a node at each of these addresses."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    monkeypatch.setattr(cluster, "nodes", lambda: [cluster.Node(a, a, 1, 1, 1) for a in addresses])
+    monkeypatch.setattr(cluster, "living_nodes", lambda: [cluster.Node(a, a, 1, 1, 1) for a in addresses])
 
 
 def never(*_: Any) -> Any:
@@ -74,7 +74,7 @@ def test_nothing_is_done_where_nothing_can_differ(tmp_path: Path, monkeypatch: p
     if case == "Ray not started":
         monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
     if case in ("no Ray", "Ray not started"):
-        monkeypatch.setattr(cluster, "nodes", never)
+        monkeypatch.setattr(cluster, "living_nodes", never)
     if case == "remote":
         checks.check_output_visible(open_store("memory://visible/out"))
         return
@@ -87,7 +87,7 @@ def test_nothing_is_done_where_nothing_can_differ(tmp_path: Path, monkeypatch: p
 def test_a_task_looks_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [node] = cluster.nodes()
     twice = [cluster.Node(node.node_id, address, 1, 1, 1) for address in ("10.0.0.1", "10.0.0.2")]
-    monkeypatch.setattr(cluster, "nodes", lambda: twice)
+    monkeypatch.setattr(cluster, "living_nodes", lambda: twice)
     checks.check_output_visible(open_store(tmp_path / "out"))
     assert cluster.run_on_every_node(checks._host_without, open_store(tmp_path / "absent")) != ["", ""]
 

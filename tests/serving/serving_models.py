@@ -65,7 +65,7 @@ def _profile(column: pa.ChunkedArray, c: Column, data: DataSpec) -> ColumnProfil
 
         functions = {"hour": pc.hour, "dayofweek": pc.day_of_week, "month": pc.month, "day": pc.day}
         parts = {p: native_values(functions[p](column)) for p in data.calendar.get(c.name, ())}
-        return time_sums(nanoseconds(column), None, parts).profile()
+        return time_sums(nanoseconds(column, c.name), None, parts).profile()
     return numeric_sums(native_values(column), None).profile()
 
 

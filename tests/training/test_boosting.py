@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from claydist.collective import Collective
 from claydist.dataset.footers import take_inventory
 from claydist.dataset.split import SplitPlan
 from claydist.dataset.statistics import PassPlan, part_of, run_here, summarise
-from claydist.errors import ContractError, TrainingError
+from claydist.errors import ContractError, MetricError, TrainingError
 from claydist.features import build_plan
 from claydist.labels import decide_target
 from claydist.models.boosted import XGBoostModel, booster_params
@@ -190,6 +191,25 @@ def test_early_stopping_is_the_same_on_all_ranks(tmp_path: Path) -> None:
     watched = found[0]["history"]["valid"]
     assert len(watched) == best + 1 + 5 < 300
     assert watched[best] == min(watched)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_metric_that_is_no_number_ends_early_stopping_with_a_word(tmp_path: Path, n_workers: int) -> None:
+    rng = np.random.default_rng(0)
+    tables = [t.set_column(3, "y", pa.array(np.exp(1.5 * rng.normal(size=N)))) for t in (rows(0), rows(1))]
+    keys: dict[str, Any] = {"rounds": 40, "valid": {"fraction": 0.3}, "task": "regression",
+                            "params": {"eval_metric": "rmsle", "eta": 1.9, "max_depth": 2}}  # fmt: skip
+    # Predictions below -1 have no logarithm.
+    watched = train(Collective(), make_job(tmp_path, tables, 1, run="watched", **keys))["history"]
+    first = int(np.isnan(watched["valid"]).argmax())
+    assert 0 < first < 39
+    assert not np.isnan(watched["valid"][watched["best_round"]])
+    job = make_job(tmp_path, tables, n_workers, early_stopping=30, **keys)
+    for found in outcomes(whole_worker, job):
+        assert isinstance(found["error"], MetricError)
+        round_ = re.search(r"rmsle on valid is not a number in round (\d+)", str(found["error"]))
+        assert round_
+        assert n_workers > 1 or int(round_[1]) == first + 1
 
 
 def test_early_stopping_after_a_resume_is_undisturbed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from claydist.errors import StorageError
 from claydist.storage import Store, open_store
 from claydist.training.checkpoints import POINTER, find_checkpoint, save_checkpoint
 
@@ -75,3 +76,18 @@ def test_what_is_not_whole_is_not_used(run: Store, damage: str) -> None:
     assert find_checkpoint(run) is None
     save_checkpoint(run, b"again", {"round": 25})
     assert find_checkpoint(run) is not None
+
+
+def test_a_file_that_cannot_be_read_now_is_no_reason_to_start_anew(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(run, b"model", {"round": 25})
+    read = Store.read
+    for suffix in (".ubj", ".json"):
+
+        def slow_down(place: Store, suffix: str = suffix) -> bytes:
+            if place.name.endswith(suffix):
+                raise StorageError("503 slow down")
+            return read(place)
+
+        monkeypatch.setattr(Store, "read", slow_down)
+        with pytest.raises(StorageError, match="slow down"):
+            find_checkpoint(run)

@@ -9,7 +9,7 @@ from claydist.features import Feature, FeaturePlan
 from claydist.models.boosted import TASK_OBJECTIVES, booster_params, is_random
 from claydist.schema import Column, Schema
 from claydist.spec import XGBoostSpec
-from claydist.training.boosting import SUMMED_METRICS, History, check_params, segment_end, segment_seed
+from claydist.training.boosting import History, check_params, segment_end, segment_seed, summed_metrics
 
 PLAN = FeaturePlan(
     Schema((Column("a", "float"), Column("b", "string"))),
@@ -137,4 +137,12 @@ def test_params_that_are_refused(given: dict[str, Any], text: str) -> None:
 
 
 def test_auc_is_not_among_the_summed() -> None:
-    assert not {"auc", "aucpr"} & set(SUMMED_METRICS)
+    assert not {"auc", "aucpr"} & set(summed_metrics("rank:ndcg"))
+
+
+@pytest.mark.parametrize("metric", ["ndcg", "map@5", "pre"])
+def test_metrics_of_queries_are_for_rankings_alone(metric: str) -> None:
+    check_params(params("ranking", params={"eval_metric": metric}), PLAN)
+    # Without queries XGBoost takes the rows of each worker as one.
+    with pytest.raises(SpecError, match=f"'{metric}' is an average of workers' values"):
+        check_params(params("binary", params={"eval_metric": metric}), PLAN)
