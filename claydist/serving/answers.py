@@ -51,7 +51,7 @@ def arrow_predictions(served: Served, parts: list[np.ndarray]) -> bytes:
     return sink.getvalue()
 
 
-def read_rows(served: Served, body: bytes, max_rows: int) -> Any:
+def read_rows(served: Served, body: bytes | bytearray, max_rows: int) -> Any:
     """The RowMatrix of a JSON body `{"rows": [...]}`.
 
     Raises
@@ -72,7 +72,7 @@ def read_rows(served: Served, body: bytes, max_rows: int) -> Any:
     return served.encoder.from_rows(rows)
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes | bytearray) -> Any:
     """The value of a JSON text; a Refusal 400 where it is none."""
     try:
         return orjson.loads(body)
@@ -83,7 +83,7 @@ def parse_json(body: bytes) -> Any:
         raise Refusal(400, f"the body is not JSON: {e.msg} at byte {e.pos}{hint}") from None
 
 
-def read_arrow(served: Served, body: bytes, max_rows: int) -> pa.Table:
+def read_arrow(served: Served, body: bytes | bytearray, max_rows: int) -> pa.Table:
     """The table of an Arrow IPC stream: the model's columns alone, checked in every byte.
 
     Raises
@@ -118,7 +118,7 @@ def _checked(stream: Any, max_rows: int) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
-def _refuse_compression(body: bytes) -> None:
+def _refuse_compression(body: bytes | bytearray) -> None:
     """A Refusal for compressed buffers: a few bytes of them can claim any size."""
     for message in pa.ipc.MessageReader.open_stream(body):
         if message.type in ("record batch", "dictionary") and _is_compressed(message.metadata.to_pybytes()):

@@ -9,12 +9,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from claydist.errors import ClaydistError, DataError
 from claydist.serving import answers, oip
+from claydist.serving.admission import SMALL_BYTES, Admission
 from claydist.serving.answers import ARROW, JSON
 from claydist.serving.batching import Batcher
 from claydist.serving.bulk import predict_pieces
@@ -39,7 +42,6 @@ from claydist.serving.telemetry import Exporter, Labels, Telemetry
 logger = logging.getLogger("claydist.serving")
 
 # A body beyond it would hold up the small requests beside it.
-_SMALL_BYTES = 16 << 10
 _PARSE_INLINE_BYTES = 128 << 10
 
 Handler = Callable[[Exchange], Awaitable[Answer]]
@@ -75,9 +77,10 @@ class Application:
         self._adds_request_id = adds_request_id
         self._exporter = exporter
         self._batcher = Batcher(spec.limits, self._count_batch)
-        self._turns = (asyncio.Lock(), asyncio.Lock())  # of bodies parsed in the loop, and in a thread
+        self._admission = Admission(spec.limits)
+        self._turn = asyncio.Lock()  # of bodies parsed in the loop
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")  # one thread: large ones take turns too
         self._n_requests = 0
-        self._n_bytes = 0
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +99,8 @@ class Application:
             return
         finally:
             self._n_requests -= 1
-            self._n_bytes -= exchange.held
+            if exchange.place is not None:
+                exchange.place.leave()
         await send_answer(
             send, answer, exchange.request_id if self._adds_request_id else None, head=exchange.method == "HEAD"
         )
@@ -113,6 +117,7 @@ class Application:
         self.shelf.close()
         self.telemetry.close()
         self._batcher.close()
+        self._parser.shutdown(wait=False)
 
     async def _answer(self, exchange: Exchange) -> Answer:
         try:
@@ -193,83 +198,99 @@ class Application:
     async def _predict(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[1])
         is_arrow = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == ARROW
-        limits = self._limits
-        start = time.perf_counter()
-        body = await exchange.body(limits.body_bytes if is_arrow else limits.json_bytes, self._hold)
-        read = self._stage("read", start)
         wants_arrow = is_arrow if ARROW not in (accept := exchange.headers.get(b"accept", b"")) else True
         wants_arrow = wants_arrow and JSON not in accept
+        limits = self._limits
         if is_arrow:
-            parts = await self._predict_arrow(exchange, served, body)
+            parts = await self._predict_arrow(exchange, served)
         else:
-            matrix = await self._parsed(answers.read_rows, served, body, limits.rows)
-            parsed = self._stage("parse", read)
+            matrix = await self._parsed(exchange, served, "json", limits.json_bytes, answers.read_rows, limits.rows)
             parts = [await self._predict_matrix(exchange, served, matrix)]
-            read = self._stage("predict", parsed)
+        start = time.perf_counter()
         content_type, write = (ARROW, answers.arrow_predictions) if wants_arrow else (JSON, _json_predictions)
         body = write(served, parts) if exchange.rows < 1000 else await asyncio.to_thread(write, served, parts)
-        self._stage("write", read)
+        self._stage("write", start)
         return Answer(body, content_type, 200, _identity_headers(served))
 
-    async def _predict_arrow(self, exchange: Exchange, served: Served, body: bytes) -> list[np.ndarray]:
+    async def _predict_arrow(self, exchange: Exchange, served: Served) -> list[np.ndarray]:
+        limits = self._limits
+        table = await self._parsed(exchange, served, "arrow", limits.body_bytes, answers.read_arrow, limits.rows)
         start = time.perf_counter()
-        table = await self._parsed(answers.read_arrow, served, body, self._limits.rows)
-        parsed = self._stage("parse", start)
         exchange.rows = table.num_rows
         parts = []
-        async for values, piece in predict_pieces(served, table, self._batcher, self._limits.batch_rows):
+        async for values, piece in predict_pieces(served, table, self._batcher, limits.batch_rows, exchange.deadline):
+            exchange.finish_wait()
             self._count_values(served, piece.unseen, piece.missing)
             parts.append(values)
-        self._stage("predict", parsed)
+        self._stage("predict", start)
         return parts
 
     async def _infer(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[2], exchange.parts[4] if len(exchange.parts) == 6 else None)
         limits = self._limits
-        start = time.perf_counter()
         header = exchange.headers.get(b"inference-header-content-length")
-        body = await exchange.body(limits.json_bytes if header is None else limits.body_bytes, self._hold)
-        read = self._stage("read", start)
-        asked = await self._parsed(oip.parse, served, body, header, limits.rows, limits.json_bytes)
-        parsed = self._stage("parse", read)
+        kind, limit = ("json", limits.json_bytes) if header is None else ("tensors", limits.body_bytes)
+        asked = await self._parsed(exchange, served, kind, limit, oip.parse, header, limits.rows, limits.json_bytes)
         values = await self._predict_matrix(exchange, served, asked.matrix)
-        predicted = self._stage("predict", parsed)
+        start = time.perf_counter()
         text, length = oip.respond(served, asked, values)
-        self._stage("write", predicted)
+        self._stage("write", start)
         if length is None:
             return Answer(text)
         return Answer(text, b"application/octet-stream", 200, [(b"inference-header-content-length", b"%d" % length)])
 
     async def _predict_matrix(self, exchange: Exchange, served: Served, matrix: Any) -> np.ndarray:
+        start = time.perf_counter()
         exchange.rows = len(matrix.values)
         self._count_values(served, matrix.unseen, matrix.missing)
-        return await self._batcher.predict(served, matrix.values)
+        values = await self._batcher.predict(served, matrix.values, exchange.deadline)
+        exchange.finish_wait()
+        self._stage("predict", start)
+        return values
 
-    async def _parsed(self, parse: Callable[..., Any], served: Served, body: bytes, *rest: Any) -> Any:
-        """What `parse` makes of the body: at once where it is small, else when it is its turn, large ones in a thread.
+    async def _parsed(
+        self, exchange: Exchange, served: Served, kind: str, limit: int, parse: Callable[..., Any], *rest: Any
+    ) -> Any:
+        """What `parse` makes of the body, once there is time for it, and it is read.
+
+        Parameters
+        ----------
+        kind : what takes about the same time a byte.
+        limit : bytes at the most.
+        parse : called with the model, the body and `rest`.
+        """
+        start = time.perf_counter()
+        body = await exchange.body(limit, partial(self._admission.enter, f"{kind} {served.name}"))
+        read = self._stage("read", start)
+        found = await self._in_turn(exchange, len(body), partial(parse, served, body, *rest))
+        self._stage("parse", read)
+        return found
+
+    async def _in_turn(self, exchange: Exchange, n_bytes: int, parse: Callable[[], Any]) -> Any:
+        """What `parse` gives: at once for a small body, else when it is its turn, for large ones in a thread.
 
         Answers go out between two turns, and one large body at a time takes the many times of its size that JSON needs.
         """
-        if len(body) <= _SMALL_BYTES:
-            return parse(served, body, *rest)
-        is_large, since = len(body) > _PARSE_INLINE_BYTES, time.monotonic()
-        async with self._turns[is_large]:
-            if time.monotonic() - since > self._limits.queue_s:
-                raise busy(f"waited {self._limits.queue_s:g} s for a turn; ask again a little later")
-            if is_large:
-                return await asyncio.to_thread(parse, served, body, *rest)
-            await asyncio.sleep(0)
-            return parse(served, body, *rest)
+        place = exchange.place
+        if n_bytes <= SMALL_BYTES or place is None:
+            return parse()
+        if n_bytes <= _PARSE_INLINE_BYTES:
+            async with self._turn:
+                place.require_time()
+                await asyncio.sleep(0)
+                return parse()
+
+        def in_thread() -> Any:
+            place.require_time()
+            return parse()
+
+        place.work = self._parser.submit(in_thread)
+        return await asyncio.wrap_future(place.work)
 
     def _find(self, exchange: Exchange, name: str, version: str | None = None) -> Served:
         served = self.shelf.find(name, version)
         exchange.model, exchange.version = served.name, served.version
         return served
-
-    def _hold(self, n_bytes: int) -> None:
-        if self._n_bytes and self._n_bytes + n_bytes > self._limits.queue_bytes:
-            raise busy(f"bodies of {self._n_bytes} bytes are at work already; ask again a little later")
-        self._n_bytes += n_bytes
 
     async def _models(self, exchange: Exchange) -> Answer:
         return json_answer({"models": [self._describe(served) for served in self.shelf.served]})
@@ -312,7 +333,7 @@ class Application:
 
     async def _submit(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[1])
-        tree = answers.parse_json(await exchange.body(self._limits.json_bytes, self._hold))
+        tree = answers.parse_json(await exchange.body(self._limits.json_bytes, partial(self._admission.enter, "batch")))
         return json_answer(await asyncio.to_thread(self._jobs.submit, served, tree), 202)
 
     async def _job(self, exchange: Exchange) -> Answer:

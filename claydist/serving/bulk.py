@@ -1,4 +1,4 @@
-"""A bulk request by pieces: small requests take their turns in between, and memory does not grow with its rows."""
+"""A bulk request by pieces: small requests take their turns in between, and two pieces at most are encoded at once."""
 
 from __future__ import annotations
 
@@ -61,9 +61,13 @@ def _missing_in(served: Served, table: pa.Table) -> dict[str, int]:
 
 
 async def predict_pieces(
-    served: Served, table: pa.Table, batcher: Batcher, most_rows: int
+    served: Served, table: pa.Table, batcher: Batcher, most_rows: int, deadline: float
 ) -> AsyncIterator[tuple[np.ndarray, Piece]]:
     """Values of each piece of a checked table, in order, with the piece; the next is encoded while one is predicted.
+
+    Parameters
+    ----------
+    deadline : (time.monotonic) of the first piece; each later one has the queue's own.
 
     Raises
     ------
@@ -76,7 +80,8 @@ async def predict_pieces(
         for at in range(piece_rows, table.num_rows + piece_rows, piece_rows):
             piece = await ahead
             ahead = _encoding(served, table.slice(at, piece_rows))
-            yield await batcher.run(served, piece.n_rows, piece.predict), piece
+            latest = deadline if at == piece_rows else None
+            yield await batcher.run(served, piece.n_rows, piece.predict, latest), piece
     finally:
         ahead.cancel()
 

@@ -86,7 +86,9 @@ def model_metadata(served: Served, versions: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parse(served: Served, body: bytes, header_length: bytes | None, max_rows: int, max_json: int) -> Inference:
+def parse(
+    served: Served, body: bytes | bytearray, header_length: bytes | None, max_rows: int, max_json: int
+) -> Inference:
     """What the body of an inference request asks of the model.
 
     Parameters
@@ -162,7 +164,7 @@ def _output_datatype(kind: pa.DataType) -> str:
     return "BYTES"
 
 
-def _split(body: bytes, header_length: bytes | None) -> tuple[memoryview, memoryview]:
+def _split(body: bytes | bytearray, header_length: bytes | None) -> tuple[memoryview, memoryview]:
     view = memoryview(body)
     if header_length is None:
         return view, view[:0]

@@ -333,7 +333,7 @@ def test_request_ids(make_app: Make) -> None:
 
 
 def test_large_bodies_take_turns_and_wait_no_longer_than_said(make_app: Make, shelf: Shelf, table: pa.Table) -> None:
-    app = make_app(limits={"queue_s": 0.05})
+    app = make_app(limits={"queue_s": 0.2})
     body = rows(shelf.find("linear"), table[:300])
 
     async def many() -> list[tuple[int, float]]:
@@ -344,7 +344,7 @@ def test_large_bodies_take_turns_and_wait_no_longer_than_said(make_app: Make, sh
                 answer = await asking.post("/predict/linear", json=body)
                 return answer.status_code, time.monotonic() - start
 
-            return await asyncio.gather(*(one() for _ in range(60)))
+            return await asyncio.gather(*(one() for _ in range(120)))
 
     found = asyncio.run(many())
     assert {status for status, _ in found} == {200, 503}

@@ -153,7 +153,7 @@ def test_malformed_requests_are_answered(make_app: Callable[..., Application], t
     asyncio.run(some(N_REQUESTS // 2))
     gc.collect()
     assert resident_mb() - before < 50
-    assert app._n_requests == app._n_bytes == app._batcher.n_waiting_rows == 0
+    assert app._n_requests == app._admission.n_bytes == app._batcher.n_waiting_rows == 0
 
 
 @settings(max_examples=max(200, N_REQUESTS // 20), deadline=None, suppress_health_check=list(HealthCheck))
