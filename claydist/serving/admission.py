@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,6 +22,7 @@ _MARGIN = 0.8
 # Before anything was measured: JSON takes about three times as long, Arrow less.
 _FIRST_S_PER_BYTE = 1e-8
 _WEIGHT = 0.1
+_MOST_GROWTH = 4.0
 
 
 class Admission:
@@ -75,7 +77,9 @@ class Admission:
         now = time.monotonic()
         found = (now - max(since, self._last_done)) / n_bytes
         self._last_done = now
-        self._s_per_byte[kind] = (1 - _WEIGHT) * self._s_per_byte.get(kind, found) + _WEIGHT * found
+        before = self._s_per_byte.get(kind, found)
+        # A machine that stood still for a moment says nothing about the next body.
+        self._s_per_byte[kind] = (1 - _WEIGHT) * before + _WEIGHT * min(found, _MOST_GROWTH * before)
 
 
 class Place:
@@ -125,10 +129,20 @@ class Place:
         if n_bytes > SMALL_BYTES and not self._seconds:
             self._wait_for(n_bytes)
 
-    def require_time(self) -> None:
-        """Pass before the deadline; a Refusal 503 after it."""
-        if time.monotonic() > self.deadline:
+    def spend(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives; the deadline is of waiting, so that it moves by what the work takes.
+
+        Raises
+        ------
+        Refusal : 503 after the deadline.
+        """
+        began = time.monotonic()
+        if began > self.deadline:
             raise busy(f"waited {self._queue_s:g} s for a turn; ask again a little later")
+        try:
+            return work()
+        finally:
+            self.deadline += time.monotonic() - began
 
     def finish(self) -> None:
         """Parsed, and its first rows are predicted: nobody waits for it any more."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.types as pat
 
 from claydist.errors import DataError
 from claydist.predictor import Target
@@ -18,6 +19,9 @@ from claydist.serving.shelf import Served
 
 ARROW = b"application/vnd.apache.arrow.stream"
 JSON = b"application/json"
+
+# A dictionary is read once, and checked with each batch that refers to it.
+_MOST_DECODED_BYTES = 1 << 30
 
 
 def columns(target: Target, values: np.ndarray) -> dict[str, list[Any]]:
@@ -94,12 +98,15 @@ def read_arrow(served: Served, body: bytes | bytearray, max_rows: int) -> pa.Tab
         _refuse_compression(body)
         with pa.ipc.open_stream(body) as stream:
             found = stream.schema
+            _refuse_views(found)
             served.predictor.schema.check(found, "the Arrow stream")
             wanted = [found.get_field_index(name) for name in served.predictor.schema.names]
         options = pa.ipc.IpcReadOptions(included_fields=wanted)
         with pa.ipc.open_stream(body, options=options) as stream:
             table = pa.Table.from_batches(_checked(stream, max_rows), stream.schema)
         table.validate(full=True)
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         said = " ".join(str(e).split())[:200]
         raise Refusal(400, f"the body is not an Arrow IPC stream that can be read: {said}") from None
@@ -109,13 +116,29 @@ def read_arrow(served: Served, body: bytes | bytearray, max_rows: int) -> pa.Tab
 
 
 def _checked(stream: Any, max_rows: int) -> Iterator[pa.RecordBatch]:
-    n_rows = 0
+    n_rows = n_bytes = 0
     for batch in stream:
         n_rows += batch.num_rows
         if n_rows > max_rows:
             raise Refusal(413, f"more than {max_rows} rows, which is what this server takes in one request")
+        # The size is computed from offsets, which must lie within their buffers.
+        batch.validate()
+        n_bytes += batch.nbytes
+        if n_bytes > _MOST_DECODED_BYTES:
+            raise Refusal(
+                413,
+                f"the batches are more than {_MOST_DECODED_BYTES >> 20} MB with their dictionaries; send fewer batches",
+            )
         batch.validate(full=True)
         yield batch
+
+
+def _refuse_views(schema: pa.Schema) -> None:
+    """A Refusal for columns of views: many of them may show the same bytes, which any copy writes out for each."""
+    for field in schema:
+        kind = field.type.value_type if pat.is_dictionary(field.type) else field.type
+        if pat.is_string_view(kind) or pat.is_binary_view(kind):
+            raise Refusal(400, f"column {field.name[:80]!r} is {field.type}: send it as string", field=field.name[:80])
 
 
 def _refuse_compression(body: bytes | bytearray) -> None:

@@ -23,6 +23,7 @@ from claydist.serving.batching import Batcher
 from claydist.serving.bulk import predict_pieces
 from claydist.serving.docs import PAGE, openapi
 from claydist.serving.exchange import (
+    PIECE_BYTES,
     Answer,
     Disconnected,
     Exchange,
@@ -101,10 +102,27 @@ class Application:
             self._n_requests -= 1
             if exchange.place is not None:
                 exchange.place.leave()
-        await send_answer(
-            send, answer, exchange.request_id if self._adds_request_id else None, head=exchange.method == "HEAD"
-        )
+        request_id = exchange.request_id if self._adds_request_id else None
+        sending = send_answer(send, answer, request_id, head=exchange.method == "HEAD")
+        # What goes in one piece is not held here, whether the client reads it or not.
+        await (sending if len(answer.body) <= PIECE_BYTES else self._watched(sending, exchange, len(answer.body)))
         self._count_request(exchange, answer.status, time.perf_counter() - start)
+
+    async def _watched(self, sending: Awaitable[None], exchange: Exchange, n_bytes: int) -> None:
+        """Send a large answer, which counts until it is sent; a client that does not read it loses its connection."""
+        self._n_requests += 1
+        self._admission.n_bytes += n_bytes
+        try:
+            async with asyncio.timeout(self._limits.request_s):
+                await sending
+        except TimeoutError:
+            logger.warning(
+                "request %s: its client did not read %d bytes within %g s, and is cut off",
+                exchange.request_id, n_bytes, self._limits.request_s,
+            )  # fmt: skip
+        finally:
+            self._n_requests -= 1
+            self._admission.n_bytes -= n_bytes
 
     def start(self) -> None:
         """Follow the aliases and write the log, in this event loop; the first request does it where nobody else has."""
@@ -136,6 +154,9 @@ class Application:
             return self._refused(exchange, refuse(e, answers.status_of(e)))
         except ClaydistError as e:
             return self._refused(exchange, refuse(e))
+        except MemoryError:
+            logger.warning("request %s needs more memory than there is", exchange.request_id)
+            return self._refused(exchange, busy("there is not enough memory; send fewer rows, or ask again later"))
         except (Disconnected, asyncio.CancelledError):
             raise
         except Exception:
@@ -276,15 +297,9 @@ class Application:
             return parse()
         if n_bytes <= _PARSE_INLINE_BYTES:
             async with self._turn:
-                place.require_time()
                 await asyncio.sleep(0)
-                return parse()
-
-        def in_thread() -> Any:
-            place.require_time()
-            return parse()
-
-        place.work = self._parser.submit(in_thread)
+                return place.spend(parse)
+        place.work = self._parser.submit(place.spend, parse)
         return await asyncio.wrap_future(place.work)
 
     def _find(self, exchange: Exchange, name: str, version: str | None = None) -> Served:
@@ -377,7 +392,7 @@ class Application:
 
     def _count_request(self, exchange: Exchange, status: int, seconds: float) -> None:
         telemetry = self.telemetry
-        door = exchange.parts[0] if exchange.parts[0] in _DOORS else "other"
+        door = exchange.parts[0] if exchange.parts and exchange.parts[0] in _DOORS else "other"
         telemetry.count("claydist_requests_total", (("model", exchange.model), ("door", door), ("status", str(status))))
         if exchange.rows and status == 200:
             telemetry.count(

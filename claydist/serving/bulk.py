@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from claydist.arrays import native_values
+from claydist.errors import DataError
 from claydist.models import XGBoostModel
 from claydist.predictor import offset_values
 from claydist.serving.batching import Batcher
@@ -37,15 +38,27 @@ class Piece:
 
 
 def encode_piece(served: Served, table: pa.Table) -> Piece:
-    """Rows of a checked table, with all work done that is not the model's own."""
+    """Rows of a checked table, with all work done that is not the model's own.
+
+    Raises
+    ------
+    DataError : for a value that the plan refuses, or Arrow cannot make into what it computes with.
+    """
     plan, model, offset = served.predictor.plan, served.predictor.model, served.predictor.offset
-    encoded = plan.encode(table)
-    base = None if offset is None else offset_values(table, offset, "the Arrow stream")
+    try:
+        encoded = plan.encode(table)
+        base = None if offset is None else offset_values(table, offset, "the Arrow stream")
+        missing = _missing_in(served, table)
+    except MemoryError:
+        raise
+    except pa.ArrowException as e:
+        said = " ".join(str(e).split())[:200]
+        raise DataError(f"the Arrow stream has values that cannot be read as the model's columns: {said}") from None
     if isinstance(model, XGBoostModel):
         predict = partial(model.predict, plan.tree_matrix(encoded), base)
     else:
         predict = partial(model.predict_encoded, plan, encoded, base)
-    return Piece(table.num_rows, predict, encoded.unseen, _missing_in(served, table))
+    return Piece(table.num_rows, predict, encoded.unseen, missing)
 
 
 def _missing_in(served: Served, table: pa.Table) -> dict[str, int]:

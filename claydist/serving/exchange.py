@@ -20,6 +20,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # Where a scope has what lets the body through to the server, see edge.py.
 GATE = "claydist.gate"
+# Of an answer that are handed over at once.
+PIECE_BYTES = 64 << 10
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -155,13 +157,23 @@ def too_large(limit: int) -> Refusal:
 
 
 async def send_answer(send: Send, answer: Answer, request_id: str | None, *, head: bool = False) -> None:
-    """Send it; `request_id` is None where somebody else adds it to the headers."""
+    """Send it, a large body in pieces, each once the one before is on its way.
+
+    Parameters
+    ----------
+    request_id : None where somebody else adds it to the headers.
+    head : without its body.
+    """
     headers = [(b"content-type", answer.content_type), (b"content-length", str(len(answer.body)).encode())]
     if request_id is not None:
         headers.append((b"x-request-id", request_id.encode()))
     headers += answer.headers
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": b"" if head else answer.body})
+    body = b"" if head else answer.body
+    for at in range(0, len(body) - PIECE_BYTES, PIECE_BYTES):
+        await send({"type": "http.response.body", "body": body[at : at + PIECE_BYTES], "more_body": True})
+    sent = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES if body else 0
+    await send({"type": "http.response.body", "body": body[sent:]})
 
 
 def json_answer(tree: Any, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> Answer:
