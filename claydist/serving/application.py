@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from claydist.serving import answers, oip
 from claydist.serving.admission import SMALL_BYTES, Admission
 from claydist.serving.answers import ARROW, JSON
 from claydist.serving.batching import Batcher
-from claydist.serving.bulk import predict_pieces
+from claydist.serving.bulk import predict_matrix, predict_pieces
 from claydist.serving.docs import PAGE, openapi
 from claydist.serving.exchange import (
     PIECE_BYTES,
@@ -44,6 +44,9 @@ logger = logging.getLogger("claydist.serving")
 
 # A body beyond it would hold up the small requests beside it.
 _PARSE_INLINE_BYTES = 128 << 10
+_WRITE_INLINE_ROWS = 1000
+# Calls of Ray's Jobs API at once: it may hang, and its callers wait no longer than for any answer.
+_JOB_THREADS, _MOST_JOB_CALLS = 2, 8
 
 Handler = Callable[[Exchange], Awaitable[Answer]]
 
@@ -81,6 +84,8 @@ class Application:
         self._admission = Admission(spec.limits)
         self._turn = asyncio.Lock()  # of bodies parsed in the loop
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")  # one thread: large ones take turns too
+        self._job_threads = ThreadPoolExecutor(_JOB_THREADS, thread_name_prefix="jobs")
+        self._job_calls: list[Future[Any]] = []
         self._n_requests = 0
         self._is_started = False
 
@@ -136,6 +141,7 @@ class Application:
         self.telemetry.close()
         self._batcher.close()
         self._parser.shutdown(wait=False)
+        self._job_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(self, exchange: Exchange) -> Answer:
         try:
@@ -167,7 +173,7 @@ class Application:
 
     def _too_slow(self, exchange: Exchange) -> Refusal:
         limit = f"{self._limits.request_s:g} s"
-        if exchange.body_is_read:
+        if exchange.body_is_read or exchange.place is None:
             return busy(f"the answer took longer than {limit}; send fewer rows, or ask again later")
         return Refusal(408, f"the body took longer than {limit} to arrive")
 
@@ -229,7 +235,8 @@ class Application:
             parts = [await self._predict_matrix(exchange, served, matrix)]
         start = time.perf_counter()
         content_type, write = (ARROW, answers.arrow_predictions) if wants_arrow else (JSON, _json_predictions)
-        body = write(served, parts) if exchange.rows < 1000 else await asyncio.to_thread(write, served, parts)
+        is_small = exchange.rows < _WRITE_INLINE_ROWS
+        body = write(served, parts) if is_small else await asyncio.to_thread(write, served, parts)
         self._stage("write", start)
         return Answer(body, content_type, 200, _identity_headers(served))
 
@@ -254,7 +261,8 @@ class Application:
         asked = await self._parsed(exchange, served, kind, limit, oip.parse, header, limits.rows, limits.json_bytes)
         values = await self._predict_matrix(exchange, served, asked.matrix)
         start = time.perf_counter()
-        text, length = oip.respond(served, asked, values)
+        write = partial(oip.respond, served, asked, values)
+        text, length = write() if exchange.rows < _WRITE_INLINE_ROWS else await asyncio.to_thread(write)
         self._stage("write", start)
         if length is None:
             return Answer(text)
@@ -264,8 +272,9 @@ class Application:
         start = time.perf_counter()
         exchange.rows = len(matrix.values)
         self._count_values(served, matrix.unseen, matrix.missing)
-        values = await self._batcher.predict(served, matrix.values, exchange.deadline)
-        exchange.finish_wait()
+        values = await predict_matrix(
+            served, matrix.values, self._batcher, self._limits.batch_rows, exchange.deadline, exchange.finish_wait
+        )
         self._stage("predict", start)
         return values
 
@@ -349,13 +358,21 @@ class Application:
     async def _submit(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[1])
         tree = answers.parse_json(await exchange.body(self._limits.json_bytes, partial(self._admission.enter, "batch")))
-        return json_answer(await asyncio.to_thread(self._jobs.submit, served, tree), 202)
+        return json_answer(await self._call_jobs(self._jobs.submit, served, tree), 202)
 
     async def _job(self, exchange: Exchange) -> Answer:
-        return json_answer(await asyncio.to_thread(self._jobs.look, exchange.parts[1]))
+        return json_answer(await self._call_jobs(self._jobs.look, exchange.parts[1]))
 
     async def _stop(self, exchange: Exchange) -> Answer:
-        return json_answer(await asyncio.to_thread(self._jobs.stop, exchange.parts[1]), 202)
+        return json_answer(await self._call_jobs(self._jobs.stop, exchange.parts[1]), 202)
+
+    async def _call_jobs(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What a call of the Jobs API gives, in threads of its own: one that hangs must not hold up anything else."""
+        self._job_calls = [future for future in self._job_calls if not future.done()]
+        if len(self._job_calls) >= _MOST_JOB_CALLS:
+            raise busy(f"{len(self._job_calls)} calls wait for Ray's Jobs API already; ask again a little later", 5)
+        self._job_calls.append(self._job_threads.submit(call, *arguments))
+        return await asyncio.wrap_future(self._job_calls[-1])
 
     async def _other_protocol(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Begin and end with the ASGI server; close WebSockets."""
