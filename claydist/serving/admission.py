@@ -36,7 +36,7 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._s_per_byte: dict[str, float] = {}
+        self._s_per_byte: dict[tuple[str, int], float] = {}
         self._last_done = 0.0
         self.n_bytes = 0
         self.wait_s = 0.0
@@ -46,7 +46,7 @@ class Admission:
 
         Parameters
         ----------
-        kind : what takes about the same time a byte, such as JSON for one model.
+        kind : what takes about the same time for the same size, such as JSON for one model.
 
         Raises
         ------
@@ -69,17 +69,23 @@ class Admission:
         self.n_bytes += n_bytes
 
     def seconds(self, kind: str, n_bytes: int) -> float:
-        """Expected of parsing and predicting a body."""
-        return n_bytes * self._s_per_byte.get(kind, _FIRST_S_PER_BYTE)
+        """Expected of parsing a body and predicting its first rows."""
+        return n_bytes * self._s_per_byte.get(_alike(kind, n_bytes), _FIRST_S_PER_BYTE)
 
     def measure(self, kind: str, n_bytes: int, since: float) -> None:
         """Learn from a body that is done: the slower of parsing and predicting shows between two that follow."""
         now = time.monotonic()
         found = (now - max(since, self._last_done)) / n_bytes
         self._last_done = now
-        before = self._s_per_byte.get(kind, found)
+        alike = _alike(kind, n_bytes)
+        before = self._s_per_byte.get(alike, found)
         # A machine that stood still for a moment says nothing about the next body.
-        self._s_per_byte[kind] = (1 - _WEIGHT) * before + _WEIGHT * min(found, _MOST_GROWTH * before)
+        self._s_per_byte[alike] = (1 - _WEIGHT) * before + _WEIGHT * min(found, _MOST_GROWTH * before)
+
+
+def _alike(kind: str, n_bytes: int) -> tuple[str, int]:
+    """What takes about the same time a byte: every request has work beside its bytes, so also the size, by powers."""
+    return kind, n_bytes.bit_length()
 
 
 class Place:

@@ -285,7 +285,7 @@ class Application:
 
         Parameters
         ----------
-        kind : what takes about the same time a byte.
+        kind : what takes about the same time for the same size.
         limit : bytes at the most.
         parse : called with the model, the body and `rest`.
         """
