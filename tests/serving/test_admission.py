@@ -36,10 +36,14 @@ async def taught(s_per_byte: float, **limits: Any) -> Admission:
 def test_what_would_wait_too_long_is_refused_by_its_claim() -> None:
     async def run() -> None:
         admission = await taught(2e-6, queue_s=2.0)
-        places = []
-        with pytest.raises(Refusal, match="would wait for about") as caught:
+        places: list[Place] = []
+
+        def fill() -> None:
             while len(places) < 10:
                 places.append(admission.enter("json", LARGE))
+
+        with pytest.raises(Refusal, match="would wait for about") as caught:
+            fill()
         assert caught.value.status == 503
         assert dict(caught.value.headers) == {b"retry-after": b"1"}
         assert 2 <= len(places) <= 8
