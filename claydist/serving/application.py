@@ -35,6 +35,7 @@ from claydist.serving.exchange import (
 )  # fmt: skip
 from claydist.serving.jobs import BatchJobs
 from claydist.serving.keys import KeyRing
+from claydist.serving.memory import Memory
 from claydist.serving.refusals import Refusal, busy, refuse
 from claydist.serving.settings import Limits, ServeSpec
 from claydist.serving.shelf import Served, Shelf
@@ -87,6 +88,7 @@ class Application:
         self._job_threads = ThreadPoolExecutor(_JOB_THREADS, thread_name_prefix="jobs")
         self._job_calls: list[Future[Any]] = []
         self._n_requests = 0
+        self._memory = Memory(lambda: not self._n_requests)
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,11 +136,13 @@ class Application:
         self._is_started = True
         self.shelf.follow()
         self.telemetry.start(self._exporter)
+        self._memory.follow()
 
     def close(self) -> None:
         """Stop what `start` began."""
         self.shelf.close()
         self.telemetry.close()
+        self._memory.close()
         self._batcher.close()
         self._parser.shutdown(wait=False)
         self._job_threads.shutdown(wait=False, cancel_futures=True)
@@ -304,6 +308,7 @@ class Application:
         place = exchange.place
         if n_bytes <= SMALL_BYTES or place is None:
             return parse()
+        self._memory.use()
         if n_bytes <= _PARSE_INLINE_BYTES:
             async with self._turn:
                 await asyncio.sleep(0)
