@@ -93,6 +93,8 @@ def text_values(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
     """
     kind = column.type.value_type if pat.is_dictionary(column.type) else column.type
     if pat.is_floating(kind) or pat.is_decimal(kind):
+        if pat.is_dictionary(column.type):
+            column = column.cast(kind)
         try:
             nulls = pc.is_nan(column) if pat.is_floating(column.type) else False
             column = pc.if_else(nulls, pa.scalar(None, column.type), column).cast(pa.int64())

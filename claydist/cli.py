@@ -244,6 +244,8 @@ def serve(
     ] = None,
     keys_file: Annotated[Path | None, typer.Option("--keys-file", help="API keys, one a line.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML of further settings: limits, batch.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate (PEM), for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Its private key (PEM).")] = None,
     as_json: AsJson = False,
     registry: RegistryUrl = None,
     address: Address = None,
@@ -254,12 +256,14 @@ def serve(
     Example: `claydist serve flight-delay --port 8000`
     """
     from claydist.serving.run import serve as run
+    from claydist.serving.run import tls_options
     from claydist.specfile import read_yaml
 
     keys = None if keys_file is None else str(keys_file)
     tree = run(
         refs, registry=registry, host=host, port=port, replicas=replicas, keys_file=keys, address=address,
         verbose=verbose, settings=None if config is None else read_yaml(config),
+        tls=tls_options(tls_cert, tls_key),
     )  # fmt: skip
     Output(as_json).result(tree)
 

@@ -31,6 +31,9 @@ from claydist.values import (
     time_array,
 )
 
+# Absent names, and unknown ones, that one answer tells.
+_MOST_TOLD = 4
+
 
 class RowError(DataError):
     """A value, a name or a shape in a request's rows is wrong; `field` says where, e.g. `rows[3].carrier`."""
@@ -188,17 +191,18 @@ class RowEncoder:
     def check_names(self, found: Iterable[Any], where: str) -> None:
         """Pass when the names are the model's, in any order; else a RowError that says which are not."""
         found = list(found)
-        problems = [f"{name!r} is absent" for name in self.names if name not in found]
-        problems += [_unknown(name, self.names) for name in found if name not in self.names]
-        if problems:
-            first = next((n for n in self.names if n not in found), None) or next(
-                n for n in found if n not in self.names
-            )
-            raise RowError(
-                f"{where} does not have the model's columns: {'; '.join(problems[:5])}",
-                problems[5:],
-                f"{where}.{first}",
-            )
+        known, given = set(self.names), {name for name in found if isinstance(name, str)}
+        absent = [name for name in self.names if name not in given]
+        unknown = [name for name in found if not isinstance(name, str) or name not in known]
+        if not absent and not unknown:
+            return
+        # Of each unknown name the nearest known one is looked for, which takes long: a few are told, the rest counted.
+        problems = [f"{name!r} is absent" for name in absent[:_MOST_TOLD]]
+        problems += [_unknown(name, self.names) for name in unknown[:_MOST_TOLD]]
+        if more := len(absent) + len(unknown) - len(problems):
+            problems.append(f"and {more} more")
+        said = f"{where} does not have the model's columns: {'; '.join(problems)}"
+        raise RowError(said, (), f"{where}.{str([*absent, *unknown][0])[:80]}")
 
     def _column(self, parse: Parse, values: Sequence[Any] | np.ndarray, where: str) -> Any:
         if isinstance(values, np.ndarray) and parse in (parse_number, parse_integer):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.types as pat
 
 from claydist.errors import DataError
 from claydist.predictor import Target
@@ -18,6 +19,9 @@ from claydist.serving.shelf import Served
 
 ARROW = b"application/vnd.apache.arrow.stream"
 JSON = b"application/json"
+
+# A dictionary is read once, and checked with each batch that refers to it.
+_MOST_DECODED_BYTES = 1 << 30
 
 
 def columns(target: Target, values: np.ndarray) -> dict[str, list[Any]]:
@@ -51,7 +55,7 @@ def arrow_predictions(served: Served, parts: list[np.ndarray]) -> bytes:
     return sink.getvalue()
 
 
-def read_rows(served: Served, body: bytes, max_rows: int) -> Any:
+def read_rows(served: Served, body: bytes | bytearray, max_rows: int) -> Any:
     """The RowMatrix of a JSON body `{"rows": [...]}`.
 
     Raises
@@ -72,7 +76,7 @@ def read_rows(served: Served, body: bytes, max_rows: int) -> Any:
     return served.encoder.from_rows(rows)
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes | bytearray) -> Any:
     """The value of a JSON text; a Refusal 400 where it is none."""
     try:
         return orjson.loads(body)
@@ -83,7 +87,7 @@ def parse_json(body: bytes) -> Any:
         raise Refusal(400, f"the body is not JSON: {e.msg} at byte {e.pos}{hint}") from None
 
 
-def read_arrow(served: Served, body: bytes, max_rows: int) -> pa.Table:
+def read_arrow(served: Served, body: bytes | bytearray, max_rows: int) -> pa.Table:
     """The table of an Arrow IPC stream: the model's columns alone, checked in every byte.
 
     Raises
@@ -94,12 +98,15 @@ def read_arrow(served: Served, body: bytes, max_rows: int) -> pa.Table:
         _refuse_compression(body)
         with pa.ipc.open_stream(body) as stream:
             found = stream.schema
+            _refuse_views(found)
             served.predictor.schema.check(found, "the Arrow stream")
             wanted = [found.get_field_index(name) for name in served.predictor.schema.names]
         options = pa.ipc.IpcReadOptions(included_fields=wanted)
         with pa.ipc.open_stream(body, options=options) as stream:
             table = pa.Table.from_batches(_checked(stream, max_rows), stream.schema)
         table.validate(full=True)
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         said = " ".join(str(e).split())[:200]
         raise Refusal(400, f"the body is not an Arrow IPC stream that can be read: {said}") from None
@@ -109,16 +116,32 @@ def read_arrow(served: Served, body: bytes, max_rows: int) -> pa.Table:
 
 
 def _checked(stream: Any, max_rows: int) -> Iterator[pa.RecordBatch]:
-    n_rows = 0
+    n_rows = n_bytes = 0
     for batch in stream:
         n_rows += batch.num_rows
         if n_rows > max_rows:
             raise Refusal(413, f"more than {max_rows} rows, which is what this server takes in one request")
+        # The size is computed from offsets, which must lie within their buffers.
+        batch.validate()
+        n_bytes += batch.nbytes
+        if n_bytes > _MOST_DECODED_BYTES:
+            raise Refusal(
+                413,
+                f"the batches are more than {_MOST_DECODED_BYTES >> 20} MB with their dictionaries; send fewer batches",
+            )
         batch.validate(full=True)
         yield batch
 
 
-def _refuse_compression(body: bytes) -> None:
+def _refuse_views(schema: pa.Schema) -> None:
+    """A Refusal for columns of views: many of them may show the same bytes, which any copy writes out for each."""
+    for field in schema:
+        kind = field.type.value_type if pat.is_dictionary(field.type) else field.type
+        if pat.is_string_view(kind) or pat.is_binary_view(kind):
+            raise Refusal(400, f"column {field.name[:80]!r} is {field.type}: send it as string", field=field.name[:80])
+
+
+def _refuse_compression(body: bytes | bytearray) -> None:
     """A Refusal for compressed buffers: a few bytes of them can claim any size."""
     for message in pa.ipc.MessageReader.open_stream(body):
         if message.type in ("record batch", "dictionary") and _is_compressed(message.metadata.to_pybytes()):

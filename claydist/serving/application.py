@@ -9,17 +9,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from claydist.errors import ClaydistError, DataError
 from claydist.serving import answers, oip
+from claydist.serving.admission import SMALL_BYTES, Admission
 from claydist.serving.answers import ARROW, JSON
 from claydist.serving.batching import Batcher
-from claydist.serving.bulk import predict_pieces
+from claydist.serving.bulk import predict_matrix, predict_pieces
 from claydist.serving.docs import PAGE, openapi
 from claydist.serving.exchange import (
+    PIECE_BYTES,
     Answer,
     Disconnected,
     Exchange,
@@ -31,6 +35,7 @@ from claydist.serving.exchange import (
 )  # fmt: skip
 from claydist.serving.jobs import BatchJobs
 from claydist.serving.keys import KeyRing
+from claydist.serving.memory import Memory
 from claydist.serving.refusals import Refusal, busy, refuse
 from claydist.serving.settings import Limits, ServeSpec
 from claydist.serving.shelf import Served, Shelf
@@ -39,8 +44,10 @@ from claydist.serving.telemetry import Exporter, Labels, Telemetry
 logger = logging.getLogger("claydist.serving")
 
 # A body beyond it would hold up the small requests beside it.
-_SMALL_BYTES = 16 << 10
 _PARSE_INLINE_BYTES = 128 << 10
+_WRITE_INLINE_ROWS = 1000
+# Calls of Ray's Jobs API at once: it may hang, and its callers wait no longer than for any answer.
+_JOB_THREADS, _MOST_JOB_CALLS = 2, 8
 
 Handler = Callable[[Exchange], Awaitable[Answer]]
 
@@ -75,9 +82,13 @@ class Application:
         self._adds_request_id = adds_request_id
         self._exporter = exporter
         self._batcher = Batcher(spec.limits, self._count_batch)
-        self._turns = (asyncio.Lock(), asyncio.Lock())  # of bodies parsed in the loop, and in a thread
+        self._admission = Admission(spec.limits)
+        self._turn = asyncio.Lock()  # of bodies parsed in the loop
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")  # one thread: large ones take turns too
+        self._job_threads = ThreadPoolExecutor(_JOB_THREADS, thread_name_prefix="jobs")
+        self._job_calls: list[Future[Any]] = []
         self._n_requests = 0
-        self._n_bytes = 0
+        self._memory = Memory(lambda: not self._n_requests)
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,23 +107,45 @@ class Application:
             return
         finally:
             self._n_requests -= 1
-            self._n_bytes -= exchange.held
-        await send_answer(
-            send, answer, exchange.request_id if self._adds_request_id else None, head=exchange.method == "HEAD"
-        )
+            if exchange.place is not None:
+                exchange.place.leave()
+        request_id = exchange.request_id if self._adds_request_id else None
+        sending = send_answer(send, answer, request_id, head=exchange.method == "HEAD")
+        # What goes in one piece is not held here, whether the client reads it or not.
+        await (sending if len(answer.body) <= PIECE_BYTES else self._watched(sending, exchange, len(answer.body)))
         self._count_request(exchange, answer.status, time.perf_counter() - start)
+
+    async def _watched(self, sending: Awaitable[None], exchange: Exchange, n_bytes: int) -> None:
+        """Send a large answer, which counts until it is sent; a client that does not read it loses its connection."""
+        self._n_requests += 1
+        self._admission.n_bytes += n_bytes
+        try:
+            async with asyncio.timeout(self._limits.request_s):
+                await sending
+        except TimeoutError:
+            logger.warning(
+                "request %s: its client did not read %d bytes within %g s, and is cut off",
+                exchange.request_id, n_bytes, self._limits.request_s,
+            )  # fmt: skip
+        finally:
+            self._n_requests -= 1
+            self._admission.n_bytes -= n_bytes
 
     def start(self) -> None:
         """Follow the aliases and write the log, in this event loop; the first request does it where nobody else has."""
         self._is_started = True
         self.shelf.follow()
         self.telemetry.start(self._exporter)
+        self._memory.follow()
 
     def close(self) -> None:
         """Stop what `start` began."""
         self.shelf.close()
         self.telemetry.close()
+        self._memory.close()
         self._batcher.close()
+        self._parser.shutdown(wait=False)
+        self._job_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(self, exchange: Exchange) -> Answer:
         try:
@@ -131,6 +164,9 @@ class Application:
             return self._refused(exchange, refuse(e, answers.status_of(e)))
         except ClaydistError as e:
             return self._refused(exchange, refuse(e))
+        except MemoryError:
+            logger.warning("request %s needs more memory than there is", exchange.request_id)
+            return self._refused(exchange, busy("there is not enough memory; send fewer rows, or ask again later"))
         except (Disconnected, asyncio.CancelledError):
             raise
         except Exception:
@@ -141,7 +177,7 @@ class Application:
 
     def _too_slow(self, exchange: Exchange) -> Refusal:
         limit = f"{self._limits.request_s:g} s"
-        if exchange.body_is_read:
+        if exchange.body_is_read or exchange.place is None:
             return busy(f"the answer took longer than {limit}; send fewer rows, or ask again later")
         return Refusal(408, f"the body took longer than {limit} to arrive")
 
@@ -193,83 +229,97 @@ class Application:
     async def _predict(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[1])
         is_arrow = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == ARROW
-        limits = self._limits
-        start = time.perf_counter()
-        body = await exchange.body(limits.body_bytes if is_arrow else limits.json_bytes, self._hold)
-        read = self._stage("read", start)
         wants_arrow = is_arrow if ARROW not in (accept := exchange.headers.get(b"accept", b"")) else True
         wants_arrow = wants_arrow and JSON not in accept
+        limits = self._limits
         if is_arrow:
-            parts = await self._predict_arrow(exchange, served, body)
+            parts = await self._predict_arrow(exchange, served)
         else:
-            matrix = await self._parsed(answers.read_rows, served, body, limits.rows)
-            parsed = self._stage("parse", read)
+            matrix = await self._parsed(exchange, served, "json", limits.json_bytes, answers.read_rows, limits.rows)
             parts = [await self._predict_matrix(exchange, served, matrix)]
-            read = self._stage("predict", parsed)
+        start = time.perf_counter()
         content_type, write = (ARROW, answers.arrow_predictions) if wants_arrow else (JSON, _json_predictions)
-        body = write(served, parts) if exchange.rows < 1000 else await asyncio.to_thread(write, served, parts)
-        self._stage("write", read)
+        is_small = exchange.rows < _WRITE_INLINE_ROWS
+        body = write(served, parts) if is_small else await asyncio.to_thread(write, served, parts)
+        self._stage("write", start)
         return Answer(body, content_type, 200, _identity_headers(served))
 
-    async def _predict_arrow(self, exchange: Exchange, served: Served, body: bytes) -> list[np.ndarray]:
+    async def _predict_arrow(self, exchange: Exchange, served: Served) -> list[np.ndarray]:
+        limits = self._limits
+        table = await self._parsed(exchange, served, "arrow", limits.body_bytes, answers.read_arrow, limits.rows)
         start = time.perf_counter()
-        table = await self._parsed(answers.read_arrow, served, body, self._limits.rows)
-        parsed = self._stage("parse", start)
         exchange.rows = table.num_rows
         parts = []
-        async for values, piece in predict_pieces(served, table, self._batcher, self._limits.batch_rows):
+        async for values, piece in predict_pieces(served, table, self._batcher, limits.batch_rows, exchange.deadline):
+            exchange.finish_wait()
             self._count_values(served, piece.unseen, piece.missing)
             parts.append(values)
-        self._stage("predict", parsed)
+        self._stage("predict", start)
         return parts
 
     async def _infer(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[2], exchange.parts[4] if len(exchange.parts) == 6 else None)
         limits = self._limits
-        start = time.perf_counter()
         header = exchange.headers.get(b"inference-header-content-length")
-        body = await exchange.body(limits.json_bytes if header is None else limits.body_bytes, self._hold)
-        read = self._stage("read", start)
-        asked = await self._parsed(oip.parse, served, body, header, limits.rows, limits.json_bytes)
-        parsed = self._stage("parse", read)
+        kind, limit = ("json", limits.json_bytes) if header is None else ("tensors", limits.body_bytes)
+        asked = await self._parsed(exchange, served, kind, limit, oip.parse, header, limits.rows, limits.json_bytes)
         values = await self._predict_matrix(exchange, served, asked.matrix)
-        predicted = self._stage("predict", parsed)
-        text, length = oip.respond(served, asked, values)
-        self._stage("write", predicted)
+        start = time.perf_counter()
+        write = partial(oip.respond, served, asked, values)
+        text, length = write() if exchange.rows < _WRITE_INLINE_ROWS else await asyncio.to_thread(write)
+        self._stage("write", start)
         if length is None:
             return Answer(text)
         return Answer(text, b"application/octet-stream", 200, [(b"inference-header-content-length", b"%d" % length)])
 
     async def _predict_matrix(self, exchange: Exchange, served: Served, matrix: Any) -> np.ndarray:
+        start = time.perf_counter()
         exchange.rows = len(matrix.values)
         self._count_values(served, matrix.unseen, matrix.missing)
-        return await self._batcher.predict(served, matrix.values)
+        values = await predict_matrix(
+            served, matrix.values, self._batcher, self._limits.batch_rows, exchange.deadline, exchange.finish_wait
+        )
+        self._stage("predict", start)
+        return values
 
-    async def _parsed(self, parse: Callable[..., Any], served: Served, body: bytes, *rest: Any) -> Any:
-        """What `parse` makes of the body: at once where it is small, else when it is its turn, large ones in a thread.
+    async def _parsed(
+        self, exchange: Exchange, served: Served, kind: str, limit: int, parse: Callable[..., Any], *rest: Any
+    ) -> Any:
+        """What `parse` makes of the body, once there is time for it, and it is read.
+
+        Parameters
+        ----------
+        kind : what takes about the same time for the same size.
+        limit : bytes at the most.
+        parse : called with the model, the body and `rest`.
+        """
+        start = time.perf_counter()
+        body = await exchange.body(limit, partial(self._admission.enter, f"{kind} {served.name}"))
+        read = self._stage("read", start)
+        found = await self._in_turn(exchange, len(body), partial(parse, served, body, *rest))
+        self._stage("parse", read)
+        return found
+
+    async def _in_turn(self, exchange: Exchange, n_bytes: int, parse: Callable[[], Any]) -> Any:
+        """What `parse` gives: at once for a small body, else when it is its turn, for large ones in a thread.
 
         Answers go out between two turns, and one large body at a time takes the many times of its size that JSON needs.
         """
-        if len(body) <= _SMALL_BYTES:
-            return parse(served, body, *rest)
-        is_large, since = len(body) > _PARSE_INLINE_BYTES, time.monotonic()
-        async with self._turns[is_large]:
-            if time.monotonic() - since > self._limits.queue_s:
-                raise busy(f"waited {self._limits.queue_s:g} s for a turn; ask again a little later")
-            if is_large:
-                return await asyncio.to_thread(parse, served, body, *rest)
-            await asyncio.sleep(0)
-            return parse(served, body, *rest)
+        place = exchange.place
+        if n_bytes <= SMALL_BYTES or place is None:
+            return parse()
+        self._memory.use()
+        if n_bytes <= _PARSE_INLINE_BYTES:
+            async with self._turn:
+                await asyncio.sleep(0)
+                return place.spend(parse)
+        place.work = self._parser.submit(place.spend, parse)
+        return await asyncio.wrap_future(place.work)
 
     def _find(self, exchange: Exchange, name: str, version: str | None = None) -> Served:
         served = self.shelf.find(name, version)
         exchange.model, exchange.version = served.name, served.version
         return served
-
-    def _hold(self, n_bytes: int) -> None:
-        if self._n_bytes and self._n_bytes + n_bytes > self._limits.queue_bytes:
-            raise busy(f"bodies of {self._n_bytes} bytes are at work already; ask again a little later")
-        self._n_bytes += n_bytes
 
     async def _models(self, exchange: Exchange) -> Answer:
         return json_answer({"models": [self._describe(served) for served in self.shelf.served]})
@@ -312,14 +362,22 @@ class Application:
 
     async def _submit(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[1])
-        tree = answers.parse_json(await exchange.body(self._limits.json_bytes, self._hold))
-        return json_answer(await asyncio.to_thread(self._jobs.submit, served, tree), 202)
+        tree = answers.parse_json(await exchange.body(self._limits.json_bytes, partial(self._admission.enter, "batch")))
+        return json_answer(await self._call_jobs(self._jobs.submit, served, tree), 202)
 
     async def _job(self, exchange: Exchange) -> Answer:
-        return json_answer(await asyncio.to_thread(self._jobs.look, exchange.parts[1]))
+        return json_answer(await self._call_jobs(self._jobs.look, exchange.parts[1]))
 
     async def _stop(self, exchange: Exchange) -> Answer:
-        return json_answer(await asyncio.to_thread(self._jobs.stop, exchange.parts[1]), 202)
+        return json_answer(await self._call_jobs(self._jobs.stop, exchange.parts[1]), 202)
+
+    async def _call_jobs(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What a call of the Jobs API gives, in threads of its own: one that hangs must not hold up anything else."""
+        self._job_calls = [future for future in self._job_calls if not future.done()]
+        if len(self._job_calls) >= _MOST_JOB_CALLS:
+            raise busy(f"{len(self._job_calls)} calls wait for Ray's Jobs API already; ask again a little later", 5)
+        self._job_calls.append(self._job_threads.submit(call, *arguments))
+        return await asyncio.wrap_future(self._job_calls[-1])
 
     async def _other_protocol(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Begin and end with the ASGI server; close WebSockets."""
@@ -356,7 +414,7 @@ class Application:
 
     def _count_request(self, exchange: Exchange, status: int, seconds: float) -> None:
         telemetry = self.telemetry
-        door = exchange.parts[0] if exchange.parts[0] in _DOORS else "other"
+        door = exchange.parts[0] if exchange.parts and exchange.parts[0] in _DOORS else "other"
         telemetry.count("claydist_requests_total", (("model", exchange.model), ("door", door), ("status", str(status))))
         if exchange.rows and status == 200:
             telemetry.count(

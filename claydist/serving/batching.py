@@ -43,7 +43,7 @@ class _Job:
     n_rows: int
     work: np.ndarray | Callable[[], Any]
     future: asyncio.Future[Any]
-    since: float
+    deadline: float
 
 
 class Batcher:
@@ -58,28 +58,35 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
         self.n_waiting_rows = 0
 
-    async def predict(self, model: Predicts, values: np.ndarray) -> np.ndarray:
+    async def predict(self, model: Predicts, values: np.ndarray, deadline: float | None = None) -> np.ndarray:
         """The model's values for rows of a RowMatrix, predicted alone or with others.
+
+        Parameters
+        ----------
+        deadline : (time.monotonic) the prediction begins before, or never; `queue_s` from now where None.
 
         Raises
         ------
         Refusal : 503 when too many rows wait, or these have waited too long.
         """
-        return await self._submit(model, len(values), values)
+        return await self._submit(model, len(values), values, deadline)
 
-    async def run(self, model: Predicts, n_rows: int, work: Callable[[], Any]) -> Any:
+    async def run(self, model: Predicts, n_rows: int, work: Callable[[], Any], deadline: float | None = None) -> Any:
         """Result of `work`, done in the thread in its turn: pieces of bulk requests, which join with nothing."""
-        return await self._submit(model, n_rows, work)
+        return await self._submit(model, n_rows, work, deadline)
 
     def close(self) -> None:
         """Stop the thread once it is done."""
         self._thread.shutdown(wait=False)
 
-    def _submit(self, model: Predicts, n_rows: int, work: np.ndarray | Callable[[], Any]) -> asyncio.Future[Any]:
+    def _submit(
+        self, model: Predicts, n_rows: int, work: np.ndarray | Callable[[], Any], deadline: float | None
+    ) -> asyncio.Future[Any]:
         if self.n_waiting_rows and self.n_waiting_rows + n_rows > self._limits.queue_rows:
             raise busy(f"{self.n_waiting_rows} rows wait for a prediction already; ask again a little later")
         loop = asyncio.get_running_loop()
-        job = _Job(model, n_rows, work, loop.create_future(), time.monotonic())
+        latest = time.monotonic() + self._limits.queue_s if deadline is None else deadline
+        job = _Job(model, n_rows, work, loop.create_future(), latest)
         self._waiting.append(job)
         self.n_waiting_rows += n_rows
         self._schedule(loop)
@@ -112,15 +119,17 @@ class Batcher:
 
     def _take(self) -> list[_Job]:
         """The first job that still wants an answer, and those that can go with it; the others keep their places."""
-        oldest = time.monotonic() - self._limits.queue_s
+        now = time.monotonic()
         first, taken, left, n_rows = None, [], deque[_Job](), 0
         while self._waiting:
             job = self._waiting.popleft()
             if job.future.done():
                 self.n_waiting_rows -= job.n_rows
-            elif job.since < oldest:
+            elif job.deadline < now:
                 self.n_waiting_rows -= job.n_rows
-                job.future.set_exception(busy(f"waited {self._limits.queue_s:g} s for a prediction; ask again later"))
+                job.future.set_exception(
+                    busy(f"waited {self._limits.queue_s:g} s for a turn; ask again a little later")
+                )
             elif first is None or (_joins(first, job) and n_rows + job.n_rows <= self._limits.batch_rows):
                 first = first or job
                 taken.append(job)

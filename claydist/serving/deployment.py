@@ -12,6 +12,7 @@ from ray import serve
 from claydist.errors import SpecError
 from claydist.registry import open_registry
 from claydist.serving.application import Application
+from claydist.serving.edge import Edge
 from claydist.serving.keys import ENVIRONMENT, KeyRing
 from claydist.serving.settings import ServeSpec
 from claydist.serving.shelf import Shelf
@@ -38,6 +39,7 @@ class Server:
         shelf = Shelf(spec.models, registry, poll_s=spec.poll_s)
         self._application = Application(spec, shelf, keys, adds_request_id=False, exporter=Exporter())
         self._application.start()
+        Edge.has_gates = True
 
     async def refresh(self) -> list[str]:
         """Look all aliases up now; for `handle.broadcast("refresh")`, which reaches every replica."""

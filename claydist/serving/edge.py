@@ -2,22 +2,40 @@
 
 Serve obeys some headers of any client (a time limit of its own choosing, no watch for disconnects) and decodes them as
 UTF-8 outside of any error handling, so that one odd byte is a 500 without a body of ours. None of them is for clients.
+
+Serve also takes a request's body into memory as fast as it comes, whether or not the application wants it. Where the
+application runs in the same process (behind HAProxy it does), a large body waits at a gate until the application
+begins to read it: until then it takes what uvicorn holds, 64 KB, and the rest stays with the client.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import contextlib
+from collections.abc import MutableMapping
+from typing import Any, ClassVar
 
-from claydist.serving.exchange import REQUEST_ID, Receive, Scope, Send
+from claydist.serving.exchange import GATE, REQUEST_ID, Receive, Scope, Send
 
 CALLBACK = "claydist.serving.edge:middlewares"
 _OF_SERVE = frozenset(
     (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id", b"x-session-id")
 )
+# What uvicorn holds of a body that nobody reads.
+_UNREAD_BYTES = 64 << 10
+# A client that is refused is listened to for so long, since a connection closed under it takes the answer along.
+_LINGER_S = 5.0
 
 
 class Edge:
-    """An ASGI application without the headers that only Serve reads, and without a request id that is no plain text."""
+    """An ASGI application without the headers that only Serve reads, and without a request id that is no plain text.
+
+    Attributes
+    ----------
+    has_gates : whether an application of ours runs in this process and opens the gates; the application sets it.
+    """
+
+    has_gates: ClassVar[bool] = False
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -26,7 +44,71 @@ class Edge:
         """Pass the request on."""
         if "headers" in scope:
             scope["headers"] = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
+            if self.has_gates and scope["type"] == "http" and _is_large(headers := dict(scope["headers"])):
+                await self._behind_gate(scope, headers, receive, send)
+                return
         await self._app(scope, receive, send)
+
+    async def _behind_gate(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        gate = _Gate(receive)
+        scope[GATE] = gate.open
+        if headers.get(b"connection", b"").lower() != b"close" and scope.get("http_version") != "1.0":
+            # uvicorn reads the rest of a body before the connection's next request.
+            await self._app(scope, gate.receive, send)
+            return
+        ending = _Ending(send)
+        await self._app(scope, gate.receive, ending.send)
+        await ending.end(gate)
+
+
+class _Gate:
+    """A body that comes through once somebody wants it."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._is_open = asyncio.Event()
+        self.is_at_end = False
+
+    def open(self) -> None:
+        """Let the body through; from any thread."""
+        self._loop.call_soon_threadsafe(self._is_open.set)
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """The next message, once the gate is open."""
+        await self._is_open.wait()
+        return await self.read()
+
+    async def read(self) -> MutableMapping[str, Any]:
+        """The next message, gate or not."""
+        message = await self._receive()
+        self.is_at_end = not message.get("more_body")
+        return message
+
+
+class _Ending:
+    """Sends an answer whole, and closes only once the client has sent its body, or has had time to."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._is_held = False
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Pass a message on, all but the end."""
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self._is_held = True
+            message = {**message, "more_body": True}
+        await self._send(message)
+
+    async def end(self, gate: _Gate) -> None:
+        """Throw away what is left of the body, and end the answer."""
+        if not self._is_held:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not gate.is_at_end:
+                    await gate.read()
+        await self._send({"type": "http.response.body", "body": b""})
 
 
 def middlewares() -> list[Any]:
@@ -34,6 +116,13 @@ def middlewares() -> list[Any]:
     from starlette.middleware import Middleware
 
     return [Middleware(Edge)]
+
+
+def _is_large(headers: dict[bytes, bytes]) -> bool:
+    length = headers.get(b"content-length")
+    if length is None:
+        return b"transfer-encoding" in headers
+    return not length.isdigit() or len(length) > 18 or int(length) > _UNREAD_BYTES
 
 
 def _passes(name: bytes, value: bytes) -> bool:

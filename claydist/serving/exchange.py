@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -10,12 +11,17 @@ from typing import Any
 
 import orjson
 
+from claydist.serving.admission import Place
 from claydist.serving.refusals import Refusal
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+# Where a scope has what lets the body through to the server, see edge.py.
+GATE = "claydist.gate"
+# Of an answer that are handed over at once.
+PIECE_BYTES = 64 << 10
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -41,18 +47,19 @@ class Exchange:
     parts : of the path, decoded, without the prefix that the server is mounted at.
     headers : the last value of each, by name in lower case.
     request_id : the client's or the proxy's, else a new one.
-    held : bytes of the body in memory.
+    place : of its body among those that the server holds; None before the body is asked for.
     """
 
     __slots__ = (
+        "_open_gate",
         "_receive",
         "body_is_read",
         "headers",
-        "held",
         "method",
         "model",
         "parts",
         "path",
+        "place",
         "request_id",
         "rows",
         "version",
@@ -60,6 +67,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
+        self._open_gate: Callable[[], None] | None = scope.get(GATE)
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         root = scope.get("root_path", "")
@@ -68,53 +76,79 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
-        self.held = 0
+        self.place: Place | None = None
         self.body_is_read = False
         self.model = self.version = ""
         self.rows = 0
 
-    def check_length(self, limit: int) -> None:
-        """Pass when the length that the client claims is within the limit, or it claims none; else a Refusal."""
+    @property
+    def deadline(self) -> float:
+        """(time.monotonic) when the first prediction must have begun; known once the body is read."""
+        return self.place.deadline if self.place is not None else math.inf
+
+    def finish_wait(self) -> None:
+        """Its first rows are predicted: nobody waits for it any more."""
+        if self.place is not None:
+            self.place.finish()
+
+    def claimed_length(self, limit: int) -> int:
+        """The length that the client claims, 0 where it claims none; a Refusal where it is beyond the limit."""
         text = self.headers.get(b"content-length", b"0")
         if not text.isdigit():
             raise Refusal(400, "Content-Length: expected a number")
         if len(text) > 18 or int(text) > limit:
             raise too_large(limit)
+        return int(text)
 
-    async def body(self, limit: int, hold: Callable[[int], None]) -> bytes:
+    async def body(self, limit: int, enter: Callable[[int], Place]) -> bytes | bytearray:
         """The whole body.
 
         Parameters
         ----------
         limit : bytes at the most, whatever the client claims.
-        hold : told of the bytes that are kept, before they are; may refuse.
+        enter : gives a place to a body of the claimed length, before anything of it is read; may refuse.
 
         Raises
         ------
         Refusal : 413 beyond the limit.
         Disconnected : when the client goes away.
         """
-        self.check_length(limit)
+        claimed = self.claimed_length(limit)
         coding = self.headers.get(b"content-encoding", b"identity").lower()
         if coding != b"identity":
             raise Refusal(400, "Content-Encoding: this server takes bodies as they are; send it uncompressed")
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise Disconnected
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > limit:
-                raise too_large(limit)
-            if size > self.held:
-                hold(size - self.held)
-                self.held = size
-            if not message.get("more_body"):
-                self.body_is_read = True
-                return chunk if not chunks else b"".join([*chunks, chunk])
-            chunks.append(chunk)
+        self.place = enter(claimed)
+        if self._open_gate is not None:
+            self._open_gate()
+        chunk, is_last = await self._chunk(0, limit)
+        if is_last:
+            body: bytes | bytearray = chunk
+        else:
+            # At its place at once: pieces that are joined in the end are there twice.
+            body, size = bytearray(claimed), 0
+            while True:
+                body[size : size + len(chunk)] = chunk
+                size += len(chunk)
+                if is_last:
+                    break
+                chunk, is_last = await self._chunk(size, limit)
+            del body[size:]
+        self.body_is_read = True
+        self.place.arrive(len(body))
+        return body
+
+    async def _chunk(self, size: int, limit: int) -> tuple[bytes, bool]:
+        """What follows after `size` bytes, and whether it is the end."""
+        assert self.place is not None
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise too_large(limit)
+        self.place.hold(size)
+        return chunk, not message.get("more_body")
 
 
 def too_large(limit: int) -> Refusal:
@@ -123,13 +157,23 @@ def too_large(limit: int) -> Refusal:
 
 
 async def send_answer(send: Send, answer: Answer, request_id: str | None, *, head: bool = False) -> None:
-    """Send it; `request_id` is None where somebody else adds it to the headers."""
+    """Send it, a large body in pieces, each once the one before is on its way.
+
+    Parameters
+    ----------
+    request_id : None where somebody else adds it to the headers.
+    head : without its body.
+    """
     headers = [(b"content-type", answer.content_type), (b"content-length", str(len(answer.body)).encode())]
     if request_id is not None:
         headers.append((b"x-request-id", request_id.encode()))
     headers += answer.headers
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": b"" if head else answer.body})
+    body = b"" if head else answer.body
+    for at in range(0, len(body) - PIECE_BYTES, PIECE_BYTES):
+        await send({"type": "http.response.body", "body": body[at : at + PIECE_BYTES], "more_body": True})
+    sent = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES if body else 0
+    await send({"type": "http.response.body", "body": body[sent:]})
 
 
 def json_answer(tree: Any, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> Answer:

@@ -86,7 +86,9 @@ def model_metadata(served: Served, versions: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parse(served: Served, body: bytes, header_length: bytes | None, max_rows: int, max_json: int) -> Inference:
+def parse(
+    served: Served, body: bytes | bytearray, header_length: bytes | None, max_rows: int, max_json: int
+) -> Inference:
     """What the body of an inference request asks of the model.
 
     Parameters
@@ -109,7 +111,7 @@ def parse(served: Served, body: bytes, header_length: bytes | None, max_rows: in
         raise Refusal(400, "id: expected text", field="id")
     if not isinstance(inputs, list) or not inputs:
         raise Refusal(400, "inputs: expected an array of one tensor at least", field="inputs")
-    parameters = _parameters(tree, "the request")
+    parameters = _echoed(_parameters(tree, "the request"))
     tensors = _tensors(served, inputs, binary, parameters.get("missing"), max_rows)
     if len(tensors) == 1 and MATRIX in tensors and MATRIX not in served.encoder.names:
         matrix = served.encoder.from_matrix(tensors[MATRIX])
@@ -162,7 +164,7 @@ def _output_datatype(kind: pa.DataType) -> str:
     return "BYTES"
 
 
-def _split(body: bytes, header_length: bytes | None) -> tuple[memoryview, memoryview]:
+def _split(body: bytes | bytearray, header_length: bytes | None) -> tuple[memoryview, memoryview]:
     view = memoryview(body)
     if header_length is None:
         return view, view[:0]
@@ -177,6 +179,15 @@ def _parameters(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {}
     if not isinstance(parameters, dict):
         raise Refusal(400, f"parameters of {where}: expected an object", field="parameters")
+    return parameters
+
+
+def _echoed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, which the answer repeats; a Refusal where they cannot be written."""
+    try:
+        orjson.dumps(parameters)
+    except TypeError as e:
+        raise Refusal(400, f"parameters of the request: {e}; expected plain values", field="parameters") from None
     return parameters
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -135,6 +136,28 @@ def checked(
             f"or listen on 127.0.0.1"
         )
     return spec.model_copy(update={"require_keys": spec.require_keys or has_keys})
+
+
+def tls_options(cert: Path | None, key: Path | None) -> dict[str, str]:
+    """Serve's options for HTTPS by a certificate and its key; none where neither is given.
+
+    Raises
+    ------
+    SpecError : for one without the other, or files that are no certificate with its key.
+    """
+    if cert is None and key is None:
+        return {}
+    if cert is None or key is None:
+        raise SpecError("--tls-cert and --tls-key go together: give both, or neither")
+    try:
+        # The key of an encrypted file is asked for on the terminal, by every replica: there is no such terminal.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=lambda: b"")
+    except (OSError, ValueError) as e:
+        raise SpecError(
+            f"--tls-cert {cert}, --tls-key {key}: expected a certificate and its private key, both PEM and the key "
+            f"not encrypted ({e})"
+        ) from None
+    return {"ssl_certfile": str(cert.absolute()), "ssl_keyfile": str(key.absolute())}
 
 
 def choose_ingress(*, has_tls: bool = False) -> Ingress:

@@ -154,6 +154,8 @@ class Shelf:
         self._poll_s = poll_s
         self.on_swap: Callable[[Served], None] = lambda served: None
         self._task: asyncio.Task[None] | None = None
+        # A look by the clock and one that was asked for would each load what has moved, and swap it for itself.
+        self._turn = asyncio.Lock()
         self.slots: list[Slot] = []
         for text in refs:
             ref = parse_ref(text)
@@ -211,20 +213,20 @@ class Shelf:
 
     async def refresh(self) -> list[str]:
         """Look all aliases up now, and swap what has moved; the references that did."""
-        moved = []
-        for slot in self.slots:
-            try:
-                new = await asyncio.to_thread(self._moved, slot)
-            except _NotYet:
-                continue
-            except ClaydistError as e:
-                self._keep_old(slot, e)
-                continue
-            slot.error, slot.failure = "", None
-            if new is not None:
-                self._swap(slot, new)
-                moved.append(slot.text)
-        return moved
+        async with self._turn:
+            return [slot.text for slot in self.slots if await self._refresh(slot)]
+
+    async def _refresh(self, slot: Slot) -> bool:
+        """Look the alias up; whether it has moved."""
+        try:
+            new = await asyncio.to_thread(self._moved, slot)
+        except _NotYet:
+            return False
+        except ClaydistError as e:
+            self._keep_old(slot, e)
+            return False
+        slot.error, slot.failure = "", None
+        return new is not None and self._swap(slot, new)
 
     async def _follow(self) -> None:
         while True:
@@ -234,11 +236,15 @@ class Shelf:
             except Exception:  # following must outlive whatever a storage or a damaged file raises
                 logger.exception("could not follow the aliases; the versions that answer stay")
 
-    def _swap(self, slot: Slot, new: Served) -> None:
+    def _swap(self, slot: Slot, new: Served) -> bool:
+        """Put the version in front; False where it is there already."""
         old = slot.current
+        if (old.version, old.digest) == (new.version, new.digest):
+            return False
         slot.previous, slot.current = old, new
         logger.info("%s: version %s replaces %s", slot.text, new.version, old.version)
         self.on_swap(new)
+        return True
 
     def _keep_old(self, slot: Slot, error: ClaydistError) -> None:
         if str(error) != slot.error:

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 import orjson
@@ -30,6 +31,9 @@ _HELP = {
     "claydist_missing_values_total": "missing values, by feature",
     "claydist_batches_total": "predictions run; rows by batches is the size of a batch",
     "claydist_batch_rows_total": "rows of the predictions run",
+    "claydist_stage_seconds_bucket_total": "requests whose stage took `le` seconds at the most",
+    "claydist_stage_seconds_sum_total": "seconds of a stage, of all requests",
+    "claydist_stage_seconds_count_total": "requests that passed a stage",
     "claydist_swaps_total": "versions that took the place of another",
     "claydist_requests_in_progress": "requests at work or waiting",
     "claydist_queue_rows": "rows waiting for a prediction",
@@ -120,13 +124,13 @@ class Telemetry:
             self._write(f'{{"access":"dropped","lines":{self._n_dropped}}}\n')
             self._n_dropped = 0
         if self._exporter is not None:
-            self._exporter.export(self._counters, self._gauges())
+            self._exporter.export({**self._counters, **self._stage_counters()}, self._gauges())
 
     def text(self) -> str:
         """Everything in Prometheus's text format."""
         families: dict[str, list[str]] = defaultdict(list)
         for (name, labels), value in [*self._counters.items(), *(((n, la), v) for n, la, v in self._gauges())]:
-            families[name].append(f"{name}{_labels(labels)} {value:g}")
+            families[name].append(f"{name}{_labels(labels)} {_number(value)}")
         lines = []
         for name, samples in sorted(families.items()):
             kind = "counter" if name.endswith("_total") else "gauge"
@@ -141,8 +145,23 @@ class Telemetry:
             for bound, n in zip([*map(str, BUCKETS_S), "+Inf"], histogram.counts, strict=True):
                 total += n
                 lines.append(f'{name}_bucket{{stage="{stage}",le="{bound}"}} {total}')
-            lines += [f'{name}_sum{{stage="{stage}"}} {histogram.total:g}', f'{name}_count{{stage="{stage}"}} {total}']
+            lines += [
+                f'{name}_sum{{stage="{stage}"}} {_number(histogram.total)}',
+                f'{name}_count{{stage="{stage}"}} {total}',
+            ]
         return lines
+
+    def _stage_counters(self) -> dict[tuple[str, Labels], float]:
+        """The histograms as counters: to hand each latency to Ray would cost more than the request."""
+        counters: dict[tuple[str, Labels], float] = {}
+        for stage, histogram in self._stages.items():
+            at = ("stage", stage)
+            n_until = accumulate(histogram.counts)
+            for bound, n in zip([*map(str, BUCKETS_S), "+Inf"], n_until, strict=True):
+                counters["claydist_stage_seconds_bucket_total", (at, ("le", bound))] = n
+            counters["claydist_stage_seconds_sum_total", (at,)] = histogram.total
+            counters["claydist_stage_seconds_count_total", (at,)] = sum(histogram.counts)
+        return counters
 
     async def _flush_forever(self) -> None:
         while True:
@@ -155,6 +174,7 @@ class Exporter:
 
     def __init__(self) -> None:
         self._sent: dict[tuple[str, Labels], float] = {}
+        self._shown: set[tuple[str, Labels]] = set()
         self._metrics: dict[str, Any] = {}
 
     def export(self, counters: Mapping[tuple[str, Labels], float], gauges: Iterable[tuple[str, Labels, float]]) -> None:
@@ -163,8 +183,14 @@ class Exporter:
             if (added := value - self._sent.get(key, 0.0)) > 0:
                 self._metric(*key).inc(added, dict(key[1]))
                 self._sent[key] = value
+        gone = self._shown
+        self._shown = set()
         for name, labels, value in gauges:
             self._metric(name, labels).set(value, dict(labels))
+            self._shown.add((name, labels))
+        # Ray shows a gauge for ever: what is not there any more is 0.
+        for name, labels in gone - self._shown:
+            self._metric(name, labels).set(0, dict(labels))
 
     def _metric(self, name: str, labels: Labels) -> Any:
         if name not in self._metrics:
@@ -191,6 +217,10 @@ def _line(line: tuple[Any, ...]) -> str:
         "ms": round(seconds * 1000, 3),
     }  # fmt: skip
     return orjson.dumps(tree).decode() + "\n"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 def _labels(labels: Labels) -> str:

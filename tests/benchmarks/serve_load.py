@@ -4,7 +4,10 @@
 
 Needs `wrk`. Prints one JSON object: requests, failures and answers that do not fit the version they name while wrk asks
 without a pause and the champion is moved there and back; seconds until a killed replica answers again; and for a paced
-generator at four times the measured rate the answers by status, the longest wait of an accepted request, and memory.
+generator at four times the measured rate, with large bodies and with one-row ones, the answers by status, the longest
+accepted request by the client's clock and by the server's own (its access log), the client's own lag, and memory over
+time, until some seconds after the end. The generator has the same two cores: what the client's clock has above the
+server's is its own lag, and the way of the connection.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from claydist.predictor import Predictor
 from claydist.registry import Registry, load, open_registry
 from tests.benchmarks.serve import KEY, NAMES, features, make_model, wait_for
 
-ROWS_OF_LOAD, OVERLOAD, OVERLOAD_S = 500, 4, 20
+ROWS_OF_LOAD, OVERLOAD, OVERLOAD_S, AFTER_S, WATCH_S = (500, 1), 4, 20, 10, 2.0
+_TICK_S = 0.02
 _LUA = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
@@ -133,13 +137,23 @@ async def asked(port: int, body: bytes) -> tuple[int, bool, float]:
         return 0, False, time.monotonic() - began
 
 
-async def paced(port: int, body: bytes, rate: float, seconds: float) -> list[tuple[int, bool, float]]:
-    """Answers to requests that are sent at a rate, whether or not the earlier ones are answered."""
-    tasks, began = [], time.monotonic()
+async def paced(port: int, body: bytes, rate: float, seconds: float) -> tuple[list[tuple[int, bool, float]], float]:
+    """Answers to requests sent at a rate, whether or not the earlier ones are answered; and our own longest lag."""
+    tasks, began, lags = [], time.monotonic(), [0.0]
+
+    async def tick() -> None:
+        while True:
+            start = time.monotonic()
+            await asyncio.sleep(_TICK_S)
+            lags.append(time.monotonic() - start - _TICK_S)
+
+    ticking = asyncio.create_task(tick())
     for i in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, began + i / rate - time.monotonic()))
         tasks.append(asyncio.create_task(asked(port, body)))
-    return list(await asyncio.gather(*tasks))
+    answers = list(await asyncio.gather(*tasks))
+    ticking.cancel()
+    return answers, max(lags)
 
 
 def capacity(port: int, body: bytes, seconds: float = 5) -> float:
@@ -158,28 +172,40 @@ def capacity(port: int, body: bytes, seconds: float = 5) -> float:
     return sum(counts) / seconds
 
 
-def overloaded(port: int) -> dict[str, Any]:
-    """Answers at four times the rate, and the replica's memory before and, a few times, meanwhile."""
-    body, pid = body_of(ROWS_OF_LOAD), replica()
+def overloaded(port: int, n_rows: int) -> dict[str, Any]:
+    """Answers at four times the rate, by both clocks, and the replica's memory before, meanwhile and afterwards."""
+    body, pid = body_of(n_rows), replica()
     rate = capacity(port, body)
-    memory, ended = [pss_mb(pid)], threading.Event()
+    log = Path(f"/proc/{pid}/fd/1").resolve()
+    memory, ended, at = [pss_mb(pid)], threading.Event(), log.stat().st_size
 
     def watch() -> None:
-        while not ended.wait(OVERLOAD_S / 5):
+        while not ended.wait(WATCH_S):
             memory.append(pss_mb(pid))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    answers = asyncio.run(paced(port, body, OVERLOAD * rate, OVERLOAD_S))
+    answers, lag_s = asyncio.run(paced(port, body, OVERLOAD * rate, OVERLOAD_S))
+    time.sleep(AFTER_S)
     ended.set()
     watcher.join()
-    refused = [a for a in answers if a[0] == 503]
+    refused, took = [a for a in answers if a[0] == 503], accepted_ms(log, at)
     return {
-        "rows_a_request": ROWS_OF_LOAD, "capacity_per_s": round(rate, 1), "asked_per_s": round(OVERLOAD * rate, 1),
+        "rows_a_request": n_rows, "capacity_per_s": round(rate, 1), "asked_per_s": round(OVERLOAD * rate, 1),
+        "accepted_per_s": round(sum(a[0] == 200 for a in answers) / OVERLOAD_S, 1),
         "answers": dict(Counter(str(a[0]) for a in answers)), "503_with_retry_after": sum(a[1] for a in refused),
         "longest_accepted_s": round(max((a[2] for a in answers if a[0] == 200), default=0.0), 2),
+        "longest_accepted_by_the_server_s": round(max(took, default=0.0) / 1000, 2), "client_lag_s": round(lag_s, 2),
         "memory_mb": [round(mb) for mb in memory],
     }  # fmt: skip
+
+
+def accepted_ms(log: Path, at: int) -> list[float]:
+    """The server's own milliseconds of accepted requests, from its access log's lines after a position."""
+    with log.open("rb") as file:
+        file.seek(at)
+        found = re.findall(rb'"status":200,[^\n]*"ms":([\d.]+)', file.read())
+    return [float(ms) for ms in found]
 
 
 def killed(url: str, body: bytes, process: subprocess.Popen[bytes]) -> float:
@@ -210,7 +236,8 @@ def main() -> None:
         try:
             wait_for(url, body_of(1), process)
             print(json.dumps({"moving": while_versions_move(url, registry, folder, given.seconds)}), flush=True)
-            print(json.dumps({"overload": overloaded(given.port)}), flush=True)
+            for n_rows in ROWS_OF_LOAD:
+                print(json.dumps({"overload": overloaded(given.port, n_rows)}), flush=True)
             print(json.dumps({"killed_answers_after_s": killed(url, body_of(1), process)}), flush=True)
         finally:
             process.send_signal(signal.SIGTERM)

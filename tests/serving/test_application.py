@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,9 @@ from asking import ARROW, arrow_stream, ask, client
 from serving_models import DATA, boosted, register
 
 from claydist.registry import Registry, load, open_registry
+from claydist.serving import answers
 from claydist.serving.application import Application
+from claydist.serving.exchange import Answer, send_answer
 from claydist.serving.keys import KeyRing
 from claydist.serving.settings import ServeSpec
 from claydist.serving.shelf import Served, Shelf
@@ -161,6 +166,91 @@ def test_damaged_arrow_is_refused(make_app: Make, table: pa.Table) -> None:
         for at in rng.integers(0, len(whole), rng.integers(1, 20)):
             broken[at] = rng.integers(0, 256)
         assert status(bytes(broken))[0] in (200, 400, 413)
+
+
+def overlapping(n: int, size: int) -> pa.Array:
+    """Views of nearly all of one buffer: n times its size where they are copied."""
+    views = np.zeros(n, [("length", "<i4"), ("prefix", "S4"), ("buffer", "<i4"), ("offset", "<i4")])
+    views["length"], views["prefix"] = size - np.arange(n) % (size // 2), b"aaaa"
+    buffers = [None, pa.py_buffer(views.tobytes()), pa.py_buffer(b"a" * size)]
+    return pa.Array.from_buffers(pa.string_view(), n, buffers)
+
+
+def test_views_are_refused_before_anything_copies_them(make_app: Make, table: pa.Table) -> None:
+    app, views = make_app(), overlapping(400, 1_000_000)
+    for column in (views, pa.DictionaryArray.from_arrays(pa.array(np.arange(400, dtype=np.int16)), views)):
+        body = arrow_stream(table[:400].set_column(1, "carrier", column))
+        before = pa.total_allocated_bytes()
+        answer = ask(app, "POST", "/predict/trees", content=body, headers={"content-type": ARROW})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["field"] == "carrier"
+        assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_dictionary_is_not_checked_without_end(
+    make_app: Make, table: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("claydist.serving.answers._MOST_DECODED_BYTES", 10 << 20)
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(100, np.int8)), pa.array(["a" * 500_000]))
+    whole = table[:100].set_column(1, "carrier", column)
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, whole.schema) as stream:
+        stream.write_table(whole, max_chunksize=1)
+    answer = ask(make_app(), "POST", "/predict/trees", content=sink.getvalue(), headers={"content-type": ARROW})
+    assert answer.status_code == 413
+    assert "fewer batches" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("x"), pa.ArrowMemoryError("x")])
+def test_too_little_memory_is_503(
+    make_app: Make, table: pa.Table, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("claydist.features.FeaturePlan.encode", fail)
+    answer = ask(make_app(), "POST", "/predict/trees", content=arrow_stream(table[:5]), headers={"content-type": ARROW})
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_what_arrow_cannot_compute_is_400(make_app: Make, table: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise pa.ArrowNotImplementedError("no such kernel")
+
+    monkeypatch.setattr("claydist.features.FeaturePlan.encode", fail)
+    answer = ask(make_app(), "POST", "/predict/trees", content=arrow_stream(table[:5]), headers={"content-type": ARROW})
+    assert answer.status_code == 400
+    assert "no such kernel" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [pa.decimal128(20, 0), pa.float64(), pa.int32(), pa.uint8()])
+def test_a_category_of_integers_comes_as_a_dictionary_of_any_number(
+    make_app: Make, registry: Registry, table: pa.Table, kind: pa.DataType
+) -> None:
+    dictionary = pa.DictionaryArray.from_arrays(
+        pa.array([0, 1, None, 2, 1], pa.int8()), pa.array([1, 4, 2], pa.int64()).cast(kind)
+    )
+    at = table.column_names.index("gate")
+    sent = table[:5].set_column(at, "gate", dictionary)
+    plain = table[:5].set_column(at, "gate", pa.array([1, 4, None, 2, 4], pa.int64()))
+    answer = ask(make_app(), "POST", "/predict/trees", content=arrow_stream(sent), headers={"content-type": ARROW})
+    assert pa.ipc.open_stream(answer.content).read_all().equals(load("trees", registry).predict(plain))
+
+
+@pytest.mark.parametrize(("path", "root"), [("/ml", "/ml"), ("*", ""), ("/ml/predict/x", "/ml"), ("/mlx", "/ml")])
+def test_a_path_that_is_the_prefix_itself_is_answered(make_app: Make, path: str, root: str) -> None:
+    app, sent = make_app(), []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] in (200, 404, 405)
 
 
 def test_a_claim_of_many_rows_is_refused(make_app: Make) -> None:
@@ -332,19 +422,110 @@ def test_request_ids(make_app: Make) -> None:
     assert len(ask(make_app(), "GET", "/v2", headers={"x-request-id": "bad id\t"}).headers["x-request-id"]) == 36
 
 
-def test_large_bodies_take_turns_and_wait_no_longer_than_said(make_app: Make, shelf: Shelf, table: pa.Table) -> None:
-    app = make_app(limits={"queue_s": 0.05})
-    body = rows(shelf.find("linear"), table[:300])
+@pytest.mark.parametrize("n_rows", [300, 900])
+def test_large_bodies_take_turns_and_wait_no_longer_than_said(
+    n_rows: int, make_app: Make, shelf: Shelf, table: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, read_rows = make_app(limits={"queue_s": 0.5}), answers.read_rows
+    body = json.dumps(rows(shelf.find("linear"), table[:n_rows])).encode()
 
-    async def many() -> list[tuple[int, float]]:
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.03)
+        return read_rows(*arguments)
+
+    monkeypatch.setattr("claydist.serving.answers.read_rows", slowly)
+
+    async def many() -> list[int]:
         async with client(app) as asking:
+            asked = [asking.post("/predict/linear", content=body) for _ in range(60)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
 
-            async def one() -> tuple[int, float]:
-                start = time.monotonic()
-                answer = await asking.post("/predict/linear", json=body)
-                return answer.status_code, time.monotonic() - start
+    assert set(asyncio.run(many())) == {200, 503}
 
-            return await asyncio.gather(*(one() for _ in range(60)))
 
-    found = asyncio.run(many())
-    assert {status for status, _ in found} == {200, 503}
+def test_an_answer_that_nobody_reads_counts_until_its_connection_is_cut(make_app: Make, table: pa.Table) -> None:
+    app = make_app(limits={"request_s": 2.0})
+    body = arrow_stream(pa.concat_tables([table] * 4).combine_chunks())
+    sent: list[dict[str, Any]] = []
+    held: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 4:
+            held.append(app._admission.n_bytes)
+            await asyncio.sleep(20)
+
+    headers = [(b"content-type", ARROW.encode()), (b"accept", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/predict/trees", "headers": headers}
+    start = time.monotonic()
+    asyncio.run(app(scope, receive, send))
+    assert time.monotonic() - start < 15
+    length = int(dict(sent[0]["headers"])[b"content-length"])
+    assert held == [length]
+    assert length > 4 << 16
+    assert all(len(m["body"]) == 1 << 16 and m["more_body"] for m in sent[1:])
+    assert app._n_requests == app._admission.n_bytes == 0
+
+
+def test_a_large_answer_comes_whole_and_in_pieces() -> None:
+    for n_bytes in (0, 1, 65_535, 65_536, 65_537, 131_072, 200_000):
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any, sent: list[dict[str, Any]] = sent) -> None:
+            sent.append(message)
+
+        body = np.random.default_rng(0).bytes(n_bytes)
+        asyncio.run(send_answer(send, Answer(body), None))
+        assert b"".join(m["body"] for m in sent[1:]) == body
+        assert max(len(m["body"]) for m in sent[1:]) <= 65_536
+        assert [m.get("more_body", False) for m in sent[1:]] == [True] * (len(sent) - 2) + [False]
+
+
+def test_many_unknown_names_are_counted_and_not_told(make_app: Make) -> None:
+    row = {f"{i:x}": 1 for i in range(15_000)}
+    start = time.monotonic()
+    answer = ask(make_app(), "POST", "/predict/trees", json={"rows": [row]})
+    assert time.monotonic() - start < 2
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["field"] == "rows[0].distance"
+    assert "'distance' is absent" in error["message"]
+    assert "'0' is unknown" in error["message"]
+    assert f"and {15_000 + 9 - 8} more" in error["message"]
+    assert len(answer.content) < 1000
+
+
+def test_a_time_beyond_nanoseconds_is_refused_by_name(make_app: Make, table: pa.Table) -> None:
+    at = table.column_names.index("booked")
+    far = pa.array([2**40] * 5, pa.int64()).view(pa.timestamp("s", "America/New_York"))
+    body = arrow_stream(table[:5].set_column(at, "booked", far))
+    answer = ask(make_app(), "POST", "/predict/trees", content=body, headers={"content-type": ARROW})
+    assert answer.status_code == 400
+    assert "'booked' holds 5 timestamps outside the years 1677 to 2262" in answer.json()["error"]["message"]
+
+
+def test_a_jobs_api_that_hangs_holds_up_nothing_else(
+    make_app: Make, shelf: Shelf, table: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, free = make_app(limits={"request_s": 2.0}), threading.Event()
+    monkeypatch.setattr(app._jobs, "look", lambda job_id: free.wait(20) and {})
+    body = rows(shelf.find("trees"), table[:1500])
+
+    async def many() -> tuple[list[int], list[int]]:
+        async with client(app) as asking:
+            waiting = [asyncio.create_task(asking.get("/batch/x")) for _ in range(20)]
+            await asyncio.sleep(0.1)
+            answers = [(await asking.post("/predict/trees", json=body)).status_code for _ in range(2)]
+            assert await shelf.refresh() == []
+            found = [(await task).status_code for task in waiting]
+            assert sum(not call.done() for call in app._job_calls) == 2  # of the threads that hang
+            free.set()
+            assert (await asking.get("/batch/x")).status_code == 200
+            return answers, found
+
+    answered, refused = asyncio.run(many())
+    assert answered == [200, 200]
+    assert set(refused) == {503}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from claydist.serving.batching import Batcher
+from claydist.serving.bulk import predict_matrix
 from claydist.serving.refusals import Refusal
 from claydist.serving.settings import Limits
 
@@ -150,3 +151,42 @@ def test_alone_it_does_not_wait() -> None:
         return (time.perf_counter() - start) / 200
 
     assert asyncio.run(one_by_one()) < 0.001
+
+
+def test_a_large_matrix_lets_small_ones_in_between() -> None:
+    class Slow(Model):
+        def predict_values(self, values: np.ndarray) -> np.ndarray:
+            time.sleep(len(values) * self.seconds_per_row)
+            return super().predict_values(values)
+
+    model, limits, firsts = Slow(seconds_per_row=1e-4), Limits(queue_s=5.0), []
+
+    async def many() -> tuple[np.ndarray, list[float]]:
+        batcher, numbers = Batcher(limits), np.arange(10_000.0)[:, None]
+        large = asyncio.ensure_future(
+            predict_matrix(model, numbers, batcher, 65_536, time.monotonic() + 5, lambda: firsts.append(large.done()))
+        )
+        await asyncio.sleep(0.05)
+        took = []
+        for i in range(3):
+            start = time.monotonic()
+            assert (await predict_matrix(model, matrix(i), batcher, 65_536, start + 5)).tolist() == [i]
+            took.append(time.monotonic() - start)
+        assert not large.done()
+        return await large, took
+
+    found, _ = asyncio.run(many())
+    assert found.tolist() == list(range(10_000))
+    assert firsts == [False]
+    assert max(model.sizes) == 300
+
+
+def test_the_first_piece_has_the_deadline_of_its_request() -> None:
+    async def late() -> None:
+        with pytest.raises(Refusal, match="waited"):
+            await predict_matrix(Model(), matrix(1), Batcher(Limits()), 10, time.monotonic() - 0.1)
+        model = Model(seconds_per_row=0.003)
+        with pytest.raises(Refusal, match="waited"):
+            await predict_matrix(model, np.zeros((30, 1)), Batcher(Limits()), 10, time.monotonic() - 0.1)
+
+    asyncio.run(late())

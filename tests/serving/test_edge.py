@@ -1,11 +1,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
+import socket
+from functools import partial
 from typing import Any
 
 import pytest
+import uvicorn
+from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 
+from claydist.serving.admission import Admission
 from claydist.serving.edge import Edge, middlewares
+from claydist.serving.exchange import Exchange
+from claydist.serving.settings import Limits
 
 
 @pytest.mark.parametrize(
@@ -37,3 +46,99 @@ def test_headers_of_serve_stop_at_the_edge(name: bytes, value: bytes, passes: bo
 
 async def app2(scope: Any, receive: Any, send: Any) -> None:
     assert "headers" not in scope
+
+
+def answered(edge: Edge, head: bytes, body: bytes) -> tuple[bytes, int]:
+    """What a client that sends its whole body before it reads gets, and the most that uvicorn held of it."""
+    most = 0
+
+    async def once() -> bytes:
+        nonlocal most
+        config = uvicorn.Config(edge, port=0, lifespan="off", log_level="error")
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        asking = asyncio.create_task(asyncio.to_thread(send_all, port, head, body))
+        while not asking.done():
+            cycles = [c.cycle for c in server.server_state.connections if getattr(c, "cycle", None)]
+            most = max([most, *(len(cycle.body) for cycle in cycles)])
+            await asyncio.sleep(0.005)
+        server.should_exit = True
+        await task
+        return await asking
+
+    return asyncio.run(once()), most
+
+
+def send_all(port: int, head: bytes, body: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.sendall(head + body)
+        got = b""
+        while not got.endswith(b"later"):
+            if not (piece := raw.recv(65536)):
+                break
+            got += piece
+        return got
+
+
+async def pumped(scope: Any, receive: Any, send: Any, answer: Any) -> None:
+    """As Serve does it: the body is taken as fast as it comes, beside the application."""
+    proxy = ASGIDIReceiveProxy(scope, receive, asyncio.get_running_loop())
+    pump = proxy.fetch_until_disconnect_task()
+    await answer(scope, proxy, send)
+    scope["pumped"].append(proxy.queue.qsize())
+    pump.cancel()
+
+
+@pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
+def test_a_refused_body_is_not_taken_in_and_its_client_hears_why(
+    connection: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Edge, "has_gates", True)
+    pieces: list[int] = []
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.2)
+        headers = [(b"content-length", b"5"), (b"retry-after", b"1")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": b"later"})
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["pumped"] = pieces
+        await pumped(scope, receive, send, refuse)
+
+    body = b"x" * (20 << 20)
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: %s\r\nContent-Length: %d\r\n\r\n" % (connection, len(body))
+    got, most = answered(Edge(app), head, body)
+    assert got.startswith(b"HTTP/1.1 503")
+    assert got.endswith(b"later")
+    assert b"retry-after: 1" in got
+    assert pieces == [0]
+    assert most < 1 << 20
+
+
+def test_a_body_that_is_wanted_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Edge, "has_gates", True)
+    found: list[bytes] = []
+
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        exchange = Exchange(scope, receive)
+        found.append(bytes(await exchange.body(64 << 20, partial(Admission(Limits()).enter, "x"))))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"later"})
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["pumped"] = []
+        await pumped(scope, receive, send, read)
+
+    body = random.Random(0).randbytes(3 << 20)
+    for head in (
+        b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body),
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ):
+        sent = body if b"Length" in head else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        assert answered(Edge(app), head, sent)[0].endswith(b"later")
+    assert found == [body, body]

@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -55,9 +56,36 @@ trees = st.recursive(
 )
 
 
+def nested(depth: int) -> Any:
+    """A list in a list in a list."""
+    tree: Any = 1
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
+def odd_columns(n: int) -> list[pa.Array]:
+    """Columns of types that somebody may send where a model wants another."""
+    whole = pa.array([1] * n, pa.int64())
+    plain = [
+        whole.cast(pa.decimal128(30, 2)), whole.cast(pa.float16()), whole.cast(pa.uint8()), pa.nulls(n),
+        pa.array([2**64 - 1] * n, pa.uint64()), pa.array([float("inf")] * n), pa.array([True] * n),
+        pa.array(["AA"] * n, pa.string_view()), pa.array(["AA"] * n, pa.large_string()), pa.array([b"\xff"] * n),
+        pa.array([Decimal("1e70")] * n, pa.decimal256(76, 0)), pa.array([[1]] * n), pa.array([{"a": 1}] * n),
+        whole.cast(pa.timestamp("s")), pa.array([2**62] * n, pa.int64()).view(pa.timestamp("us", "UTC")),
+        pa.array([1] * n, pa.int64()).view(pa.timestamp("us", "Bogus/Zone")), whole.cast(pa.duration("s")),
+        whole.cast(pa.time64("us")), pa.array([2**40] * n, pa.int64()).cast(pa.date64(), safe=False),
+        pa.RunEndEncodedArray.from_arrays(pa.array([n], pa.int32()), pa.array(["AA"])),
+    ]  # fmt: skip
+    indices = pa.array([0] * n, pa.int8())
+    dictionaries = [pa.DictionaryArray.from_arrays(indices, a[:1]) for a in plain[:9]]
+    return [*plain, *dictionaries, pa.DictionaryArray.from_arrays(indices, pa.array([None], pa.string()))]
+
+
 def mutated(tree: Any, rng: random.Random) -> Any:
     """The tree with one of its values replaced by something else, at any depth."""
     odd = [None, True, "x", -1, 1e308, 2**70, [], {}, [[]], "", 0.5, ["a"], {"a": 1}, "2013-13-45", 10**25]
+    odd += [nested(rng.choice([3, 130, 260, 900]))] if rng.random() < 0.3 else []
     if isinstance(tree, dict) and tree and rng.random() < 0.85:
         key = rng.choice(sorted(tree))
         action = rng.random()
@@ -95,11 +123,12 @@ def requests(
             for n, d in zip(plan.schema.names, DATATYPES, strict=True)
         ],
         "outputs": [{"name": "probability"}],
-        "parameters": {"missing": "NA"},
+        "parameters": {"missing": "NA", "deep": nested(3)},
     }
     streams = [arrow_stream(table[:3]), arrow_stream(table[:3].replace_schema_metadata({"a": "b"}))]
     dictionary = table[:3].set_column(1, "carrier", table["carrier"][:3].dictionary_encode())
     streams.append(arrow_stream(dictionary))
+    odd = odd_columns(3)
 
     def make() -> tuple[str, str, bytes, dict[str, str]]:
         kind = rng.random()
@@ -107,6 +136,10 @@ def requests(
             return "POST", "/predict/trees", json.dumps(mutated(rows, rng)).encode("utf-8", "replace"), {}
         if kind < 0.6:
             return "POST", "/v2/models/trees/infer", json.dumps(mutated(tensors, rng)).encode("utf-8", "replace"), {}
+        if kind < 0.7:
+            at = rng.randrange(table.num_columns)
+            body = arrow_stream(table[:3].set_column(at, table.column_names[at], rng.choice(odd)))
+            return "POST", "/predict/" + rng.choice(["trees", "linear"]), body, {"content-type": ARROW}
         if kind < 0.85:
             return "POST", "/predict/trees", broken(rng.choice(streams), rng), {"content-type": ARROW}
         method = rng.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"])
@@ -153,7 +186,7 @@ def test_malformed_requests_are_answered(make_app: Callable[..., Application], t
     asyncio.run(some(N_REQUESTS // 2))
     gc.collect()
     assert resident_mb() - before < 50
-    assert app._n_requests == app._n_bytes == app._batcher.n_waiting_rows == 0
+    assert app._n_requests == app._admission.n_bytes == app._batcher.n_waiting_rows == 0
 
 
 @settings(max_examples=max(200, N_REQUESTS // 20), deadline=None, suppress_health_check=list(HealthCheck))

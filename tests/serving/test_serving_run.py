@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from claydist.cli import app
 from claydist.errors import ClusterError, SpecError
 from claydist.registry import Registry
 from claydist.serving import run
@@ -214,17 +218,46 @@ def test_the_deployed_config_is_one_that_is_taken() -> None:
 
 
 def test_importing_the_package_imports_neither_ray_nor_a_model() -> None:
-    import subprocess
-
     code = "import sys, claydist.serving; print([m for m in ('ray', 'xgboost', 'pandas') if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
 
 
 def test_the_builder_gives_an_application(registry: Registry) -> None:
-    from claydist.serving import app
+    from claydist.serving import app as serving_app
 
-    built = app({"models": "trees", "registry": registry.store.url, "autoscaling": {"max_replicas": 3}})
+    built = serving_app({"models": "trees", "registry": registry.store.url, "autoscaling": {"max_replicas": 3}})
     assert type(built).__name__ == "Application"
     with pytest.raises(SpecError, match="1 problem"):
-        app({"model": "trees", "models": "trees"})
+        serving_app({"model": "trees", "models": "trees"})
+
+
+def test_a_certificate_and_its_key_go_together(tmp_path: Path) -> None:
+    cert, key, other = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "other.pem"
+    assert run.tls_options(None, None) == {}
+    for given in ((cert, None), (None, key)):
+        with pytest.raises(SpecError, match="go together"):
+            run.tls_options(*given)
+    with pytest.raises(SpecError, match=r"cert\.pem.*expected a certificate"):
+        run.tls_options(cert, key)
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    for to in (other, key):
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-keyout", to]
+        subprocess.run([*command, "-out", cert], check=True, capture_output=True)
+    assert run.tls_options(cert, key) == {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+    with pytest.raises(SpecError, match="expected a certificate"):
+        run.tls_options(cert, other)
+    command = ["openssl", "rsa", "-aes128", "-passout", "pass:secret", "-in", key, "-out", other]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(SpecError, match="not encrypted"):
+        run.tls_options(cert, other)
+
+
+def test_the_command_hands_on_its_certificate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(run, "serve", lambda refs, **options: asked.update(options) or {})
+    monkeypatch.setattr(run, "tls_options", lambda cert, key: {"ssl_certfile": str(cert), "ssl_keyfile": str(key)})
+    command = ["serve", "m", "--tls-cert", str(tmp_path / "c"), "--tls-key", str(tmp_path / "k"), "--json"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert asked["tls"] == {"ssl_certfile": str(tmp_path / "c"), "ssl_keyfile": str(tmp_path / "k")}

@@ -46,6 +46,22 @@ def test_a_promotion_is_followed_and_the_old_one_stays_warm(moving: Registry) ->
     assert shelf.find("m") is first
 
 
+def test_two_looks_at_once_are_one_swap(moving: Registry) -> None:
+    shelf, swaps = Shelf(["m"], moving), []
+    shelf.on_swap = swaps.append
+    first = shelf.find("m")
+    moving.promote("m", 2)
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(shelf.refresh(), shelf.refresh())
+
+    assert sorted(asyncio.run(both())) == [[], ["m"]]
+    assert shelf.find("m", "1") is first
+    assert [s.version for s in swaps] == ["2"]
+    assert not shelf._swap(shelf.slots[0], shelf.slots[0].current)
+    assert shelf.slots[0].previous is first
+
+
 def test_a_version_that_fails_its_golden_rows_is_not_taken(moving: Registry, table: pa.Table) -> None:
     shelf = Shelf(["m"], moving)
     place = Path(moving.version_store("m", 2).join(MANIFEST).path)

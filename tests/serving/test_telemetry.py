@@ -79,4 +79,59 @@ def test_counters_are_exported_by_what_was_added(monkeypatch: pytest.MonkeyPatch
         ("claydist_rows", 5.0, {"model": "m"}),
         ("claydist_queue_rows", 2, {}),
         ("claydist_rows", 3.0, {"model": "m"}),
+        ("claydist_queue_rows", 0, {}),
     ]
+
+
+def test_numbers_are_written_whole() -> None:
+    telemetry = Telemetry(gauges=lambda: [("claydist_queue_rows", (), 12_345_718)])
+    telemetry.count("claydist_rows_total", (), 12_345_718)
+    telemetry.observe("parse", 1234567.125)
+    lines = telemetry.text().splitlines()
+    assert "claydist_rows_total 12345718" in lines
+    assert "claydist_queue_rows 12345718" in lines
+    assert 'claydist_stage_seconds_sum{stage="parse"} 1234567.125' in lines
+
+
+class Told:
+    """What Ray's exporter would show."""
+
+    values: dict[Any, float]
+
+    def __init__(self, name: str, description: str, tags: tuple[str, ...]) -> None:
+        self.name = name
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        key = (self.name, *tags.values())
+        self.values[key] = self.values.get(key, 0) + value
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values[self.name, *tags.values()] = value
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[Any, float]:
+    Told.values = {}
+    monkeypatch.setattr("ray.util.metrics.Counter", Told)
+    monkeypatch.setattr("ray.util.metrics.Gauge", Told)
+    return Told.values
+
+
+def test_a_gauge_that_is_gone_is_zero_in_rays_exporter(told: dict[Any, float]) -> None:
+    exporter = Exporter()
+    for version in ("1", "2", "2"):
+        exporter.export({}, [("claydist_model_info", (("version", version),), 1)])
+    assert told == {("claydist_model_info", "1"): 0, ("claydist_model_info", "2"): 1}
+
+
+def test_stages_reach_rays_exporter(told: dict[Any, float]) -> None:
+    telemetry = Telemetry()
+    telemetry._exporter = Exporter()
+    for seconds in (0.003, 0.003, 99.0):
+        telemetry.observe("parse", seconds)
+        telemetry.flush()
+    assert told["claydist_stage_seconds_bucket", "parse", "0.005"] == 2
+    assert told["claydist_stage_seconds_bucket", "parse", "+Inf"] == 3
+    assert told["claydist_stage_seconds_count", "parse"] == 3
+    assert told["claydist_stage_seconds_sum", "parse"] == pytest.approx(99.006)
+    assert ("claydist_stage_seconds_bucket", "parse", "0.0025") not in told
