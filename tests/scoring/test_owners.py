@@ -30,7 +30,7 @@ from tests.scoring.support import FIRST, make_predictor, make_registry, make_row
 pytestmark = pytest.mark.slow
 
 FOLDER = f"dt={FIRST}"
-REMOTE = ("compared", "copied", "recorded", "finishing", "repeated")
+REMOTE = ("compared", "copied", "recorded", "finishing", "writing", "repeated")
 LOCAL = ("compared", "linked", "made", "exchanged")
 SECOND_REMOTE = ("end", "fence", "fenced", "compared", "copied", "recorded", "finishing")
 SECOND_LOCAL = ("end", "settled", "compared", "linked", "made", "exchanged")
@@ -102,7 +102,7 @@ def _steps(monkeypatch: pytest.MonkeyPatch) -> None:
     around(records, "fence", before="fence", after="fenced")
     around(Store, "create", after="recorded", of="/_commits/")
     around(Store, "write", before="linked", after="made", of=".publishing/")
-    around(Store, "write", after="repeated", of=f"/{FOLDER}/_manifest.json")
+    around(Store, "write", before="writing", after="repeated", of=f"/{FOLDER}/_manifest.json")
     monkeypatch.setattr("claydist.scoring.run.settle", publish.settle)
 
 
