@@ -16,7 +16,10 @@ from claydist.predictor import Predictor
 from claydist.preparation import check_same_sizes
 from claydist.scoring.dates import UNDATED, DateRows, DateRule, parse_day
 from claydist.scoring.lock import FOLDER as LOCKS
-from claydist.scoring.publish import MANIFEST
+from claydist.scoring.manifest import MANIFEST, Manifest, is_ours, part_names
+from claydist.scoring.records import COMMITS, QUARANTINE
+from claydist.scoring.reports import FOLDER as REPORTS
+from claydist.scoring.staging import FOLDER as STAGING
 from claydist.scoring.staging import each
 from claydist.spec import ScoreSpec
 from claydist.storage import Store, glob_matcher, open_store, redact, split_glob
@@ -25,6 +28,8 @@ PUBLISHED = "part-00000-00000000-run.parquet"
 """What a published file's name is like."""
 
 _LISTED = 20
+_OWN = (STAGING, LOCKS, COMMITS, QUARANTINE, REPORTS)
+"""What is beside the dates in an output; with another `_` in front begins what other writers of tables rely on."""
 
 
 def check_columns(spec: ScoreSpec, rule: DateRule | None, inventory: Inventory, predictor: Predictor) -> None:
@@ -102,7 +107,7 @@ def check_output(output: Store, rule: DateRule | None) -> None:
     if output.exists() and not output.is_dir():
         raise DataError(f"expected a folder for the output, found a file: {output.url}; give another output")
     for name in output.list():
-        if name.startswith((".", "_")) or name == (UNDATED if rule is None else None):
+        if name.startswith(".") or name in _OWN or name == (UNDATED if rule is None else None):
             continue
         key, equals, value = name.partition("=")
         if rule is None or key != rule.folder_key or not equals or parse_day(value) is None:
@@ -159,18 +164,24 @@ def _host_without(place: Store) -> str:
     return "" if place.exists() else socket.gethostname()
 
 
-def check_folder(output: Store, folder: str) -> None:
-    """Pass when a date's folder that has no manifest has no file either.
+def check_folder(output: Store, folder: str, manifest: Manifest | None) -> None:
+    """Pass when a date's folder holds nothing that is not ours, or where that stays when the date is replaced.
+
+    Parameters
+    ----------
+    manifest : of the date; None when nothing is published, and on a local disk then every file is foreign.
 
     Raises
     ------
     DataError : with the names that are foreign.
     """
-    found = [name for name in output.join(folder).list() if name != MANIFEST]
-    if found and output.is_local:
-        raise DataError(
-            f"{output.join(folder).url} holds files and no {MANIFEST}, so it is not ours; move it away", found[:_LISTED]
-        )
+    known = {MANIFEST} if manifest is None else {MANIFEST, *part_names(manifest)}
+    found = [name for name in output.join(folder).list() if name not in known]
+    if not output.is_local:  # what a crash has left there has our names
+        found = [] if manifest else [name for name in found if not is_ours(name)]
+    if found:
+        what = f"holds files that {MANIFEST} does not name" if manifest else f"holds files and no {MANIFEST}"
+        raise DataError(f"{output.join(folder).url} {what}, so they are not ours; move them away", found[:_LISTED])
 
 
 def find_markers(stores: Iterable[Store], rule: DateRule | None, name: str) -> set[tuple[str, str]]:

@@ -82,7 +82,12 @@ class Lease:
         return self.output.join(FOLDER, f"{run}.lease")
 
     def try_lock(self, folder: str) -> Owner | None:
-        """None when the lock is now held by this run; else who holds it."""
+        """None when the lock is now held by this run; else who holds it.
+
+        Raises
+        ------
+        StorageError : when a file of the lock cannot be read.
+        """
         while True:
             numbers = self._numbers(folder)
             if numbers:
@@ -111,16 +116,24 @@ class Lease:
     def _judge(self, holder: Owner) -> Literal["held", "free"]:
         here = alive.here()
         started = alive.started(holder.pid) if holder.host == here else None
-        return judge(holder, alive.lease_end(self._file(holder.run)), here, started, time.time())
+        lease = self._file(holder.run)
+        try:
+            return judge(holder, alive.lease_end(lease), here, started, time.time())
+        except (KeyError, TypeError, ValueError):
+            raise _damaged(lease) from None
 
     def _numbers(self, folder: str) -> list[int]:
         begin, end = f"{folder}~", ".json"
         names = (name for name in self.output.join(FOLDER).list() if name.startswith(begin) and name.endswith(end))
-        return sorted(int(name[len(begin) : -len(end)]) for name in names)
+        return sorted(int(text) for name in names if (text := name[len(begin) : -len(end)]).isdigit())
 
     def _read(self, folder: str, number: int) -> Owner | None:
-        tree = self._tree(self._place(folder, number))
-        return Owner(**tree) if tree else None
+        place = self._place(folder, number)
+        tree = self._tree(place)
+        try:
+            return None if tree is None else Owner(**tree)
+        except TypeError:
+            raise _damaged(place) from None
 
     def _place(self, folder: str, number: int) -> Store:
         return self.output.join(FOLDER, f"{folder}~{number:06}.json")
@@ -135,3 +148,7 @@ class Lease:
                 raise
             return None
         return tree
+
+
+def _damaged(place: Store) -> StorageError:
+    return StorageError(f"{place} is damaged: expected a lock's owner or lease; remove it when no run is at work there")

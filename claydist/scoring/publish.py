@@ -2,37 +2,48 @@
 
 On a local disk the folder is put together beside the output and changes places with the old one (`swap`); what is
 compared and the exchange happen under one lock of the kernel's. On object stores the files get their names first, then
-a record of the next number is created exclusively: that is the publication, which `read_scores` follows. The folder's
-`_manifest.json` repeats it, and after a crash in between the next run writes it.
+a record of the next number is created exclusively (`records`): that is the publication, which `read_scores` follows.
+The folder's `_manifest.json` repeats it, and after a crash in between the next run writes it.
+
+Two owners of a date's lock may be alive at once: one sleeps longer than its lease, and wakes. So the names of published
+files hold the publishing run, and whoever loses removes its own files and no others. What a dead or sleeping publisher
+has left is removed only after it can no longer go live: on a local disk its folder is first renamed, under the kernel's
+lock, and a publisher whose folder is not whole under that lock gives up; on object stores its number is taken first.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import errno
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claydist.errors import AlreadyExists, ClaydistError, DataError, Locked, StorageError
-from claydist.scoring import lock, swap
-from claydist.scoring.staging import Staged, Staging, each
+from claydist.errors import ClaydistError, Locked, StorageError
+from claydist.scoring import lock, records, swap
+from claydist.scoring.manifest import (
+    MANIFEST,
+    PROTOCOL,
+    Manifest,
+    is_ours,
+    part_names,
+    quarantine_names,
+    read_manifest,
+    to_bytes,
+)
+from claydist.scoring.records import QUARANTINE
+from claydist.scoring.staging import Staging, each
 from claydist.scoring.units import Partition
 from claydist.storage import Store, redact
 
-PROTOCOL = 1
-"""Number of the format of an output. Raise it when an older claydist would misread what is written now."""
-
-MANIFEST = "_manifest.json"
-COMMITS = "_commits"
-QUARANTINE = "_quarantine"
 GRACE_S = 1.0
 """A reader that began to list a folder before it was replaced has ended by then."""
 
 _ABANDONED_S = 3600.0
+_SETTLES = 20
 
 
 @dataclass(frozen=True)
@@ -41,17 +52,43 @@ class Current:
 
     Attributes
     ----------
-    manifest : None when nothing is.
+    record : what says so; None when nothing ever was.
     is_settled : False when a crash has left something for `settle` to finish.
+    missing : published files that are not in the folder.
     """
 
-    manifest: Mapping[str, Any] | None
+    record: Manifest | None
     is_settled: bool = True
+    missing: tuple[str, ...] = ()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """None when nothing is published."""
+        return None if self.record is None or records.is_void(self.record) else self.record
 
     @property
     def identity(self) -> tuple[Any, Any]:
         """What the next publication compares: sequence and publisher."""
-        return (0, None) if self.manifest is None else (self.manifest["sequence"], self.manifest["published_by"])
+        return (0, None) if self.record is None else (self.record["sequence"], self.record["published_by"])
+
+    @property
+    def damage(self) -> str:
+        """Why the date must be scored anew whatever its manifest says; "" when it is whole."""
+        return f"files are missing: {', '.join(self.missing)}" if self.missing else ""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A date that is published, and what could be left.
+
+    Attributes
+    ----------
+    replaced : the folder that it replaced, for `sweep`.
+    unfinished : why something that follows the publication was not done; the next run does it.
+    """
+
+    replaced: Path | None = None
+    unfinished: str | None = None
 
 
 def look(output: Store, folder: str) -> Current:
@@ -61,203 +98,217 @@ def look(output: Store, folder: str) -> Current:
     ------
     DataError : when a newer claydist wrote it, or it is damaged.
     """
-    in_folder = _read(output.join(folder, MANIFEST))
+    found = _look(output, folder)
+    # A date that is replaced between the look at its manifest and at its files lacks nothing.
+    while found.missing and (again := _look(output, folder)).identity != found.identity:
+        found = again
+    return found
+
+
+def _look(output: Store, folder: str) -> Current:
+    in_folder = read_manifest(output.join(folder, MANIFEST))
     if output.is_local:
         beside = swap.aside(Path(output.path))
         is_left = in_folder is None and any(beside.glob(f"{folder}~*{swap.REPLACED}"))
-        return Current(in_folder, not is_left)
-    records = _records(output, folder)
-    committed = _read(output.join(COMMITS, folder, f"{records[-1]:06}.json")) if records else None
-    if committed is None:
-        return Current(in_folder)
-    is_finished = committed == in_folder and set(output.join(folder).list()) == _names(committed)
-    return Current(committed, is_finished)
+        return Current(in_folder, not is_left, _missing(in_folder, output.join(folder).list()))
+    newest, numbers = records.newest(output, folder)
+    names = output.join(folder).list()
+    current = Current(newest or in_folder, missing=_missing(newest or in_folder, names))
+    is_repeated = current.manifest is None or in_folder == current.manifest
+    is_settled = is_repeated and len(numbers) <= 1 and not _unnamed(names, current.manifest)
+    return Current(current.record, is_settled, current.missing)
+
+
+def _missing(manifest: Manifest | None, names: Sequence[str]) -> tuple[str, ...]:
+    return () if manifest is None else tuple(sorted(part_names(manifest) - set(names)))
+
+
+def _unnamed(names: Sequence[str], manifest: Manifest | None) -> set[str]:
+    """Those of our names that no manifest knows: a publisher has left them, or is at work."""
+    known = set() if manifest is None else part_names(manifest) | quarantine_names(manifest)
+    return {name for name in names if is_ours(name)} - known
 
 
 def settle(output: Store, folder: str) -> None:
-    """Finish what a crash has left of a date's publication. With the date's lock held."""
+    """Finish what a crash has left of a date's publication. With the date's lock held.
+
+    Raises
+    ------
+    StorageError : when the output cannot be changed.
+    Locked : when others publish the date all the while.
+    """
     if output.is_local:
-        place, beside = Path(output.path) / folder, swap.aside(Path(output.path))
-        with _doing(output), swap.exclusive(_kernel_lock(output)):
-            swap.mend(place, beside)
-        for left in beside.glob(f"{folder}~*"):
-            _remove_replaced(left)
+        _settle_local(output, folder)
         return
-    current = look(output, folder)
-    if current.manifest is not None and not current.is_settled:
-        _finish(output, folder, current.manifest)
+    for _ in range(_SETTLES):
+        current = look(output, folder)
+        if not current.is_settled:
+            records.finish(output, folder)
+        # Listed before the fence: what a later publisher copies, which knows of the fence, is not among them.
+        left = _left(output, folder, current.manifest)
+        if not left:
+            return
+        if records.fence(output, folder, current.record):
+            records.remove(left)
+            records.finish(output, folder)
+            return
+    raise _lost(output, folder, current)
 
 
-def parts(partition: Partition, staged: Sequence[Staged], run: str) -> list[dict[str, Any]]:
-    """The published files as the manifest has them: those of units with a row, in the order of the input."""
-    return [
-        {"name": f"part-{unit.unit_id}-{run}.parquet", "unit": unit.unit_id, "rows": unit.stats.n_written,
-         "bytes": unit.n_bytes, "sha256": unit.sha256}
-        for unit in staged if unit.stats.n_written
-    ]  # fmt: skip
+def _left(output: Store, folder: str, manifest: Manifest | None) -> list[Store]:
+    """Files of ours, of the date and in its quarantine, that no manifest knows."""
+    places = (output.join(folder), output.join(QUARANTINE, folder))
+    return [place.join(name) for place in places for name in sorted(_unnamed(place.list(), manifest))]
 
 
-def commit(
-    output: Store, partition: Partition, staged: Sequence[Staged], run: str, base: Current, manifest: Mapping[str, Any]
-) -> Path | None:
-    """Publish a date in the place of `base`; gives the folder that was replaced, to be removed after GRACE_S.
+def _settle_local(output: Store, folder: str) -> None:
+    beside = swap.aside(Path(output.path))
+    with _doing(output), swap.exclusive(_kernel_lock(output)):
+        swap.mend(Path(output.path) / folder, beside)
+        for left in list(beside.glob(f"{folder}~*")):
+            swap.bury(left)
+        quarantined = output.join(QUARANTINE, folder)
+        unnamed = _unnamed(quarantined.list(), look(output, folder).manifest)
+        records.remove([quarantined.join(name) for name in unnamed])
+
+
+def commit(output: Store, partition: Partition, run: str, base: Current, manifest: Manifest) -> Committed:
+    """Publish a date in the place of `base`.
 
     Parameters
     ----------
-    staged : every unit of the date, in order.
     run : in the names of the staged files.
     manifest : without sequence and protocol, which are set here.
 
     Raises
     ------
-    Locked : when something else than `base` is published by now.
+    Locked : when something else than `base` is published by now, or another run has taken the date over.
+    StorageError : when something could not be written.
     """
-    folder = partition.folder
+    folder, staging = partition.folder, Staging(output).store
     full = {"protocol": PROTOCOL, "sequence": base.identity[0] + 1, **manifest}
-    staging = Staging(output).store
-    names = [(staging.join(partition.name(file["unit"], run)), file["name"]) for file in full["files"]]
-    _publish_quarantine(output, partition, staged, run)
-    if output.is_local:
-        replaced = _commit_local(output, folder, names, base, full)
-    else:
-        replaced = None
-        _commit_remote(output, folder, names, full)
-    keep = {file["name"] for file in full["quarantine"]}
-    for name in output.join(QUARANTINE, folder).list():
-        if name not in keep:
-            with suppress(StorageError):
-                output.join(QUARANTINE, folder, name).remove()
-    return replaced
-
-
-def quarantine_files(staged: Sequence[Staged], run: str) -> list[dict[str, Any]]:
-    """The quarantined files as the manifest has them."""
-    return [
-        {"name": f"part-{unit.unit_id}-{run}.arrow", "rows": unit.stats.n_quarantined, "sha256": unit.quarantine}
-        for unit in staged if unit.quarantine
-    ]  # fmt: skip
-
-
-def sweep(output: Store, replaced: Sequence[Path]) -> None:
-    """Remove replaced folders, and what dead publishers have left beside the output."""
+    parts = [(staging.join(partition.name(file["unit"], run)), file["name"]) for file in full["files"]]
+    quarantined = output.join(QUARANTINE, folder)
+    copies = [
+        (staging.join(partition.quarantine_name(file["unit"], run)), quarantined.join(file["name"]))
+        for file in full["quarantine"]
+    ]
     if not output.is_local:
-        return
-    for folder in replaced:
-        _remove_replaced(folder)
-    beside = swap.aside(Path(output.path))
-    with suppress(OSError):
-        for left in beside.iterdir():
-            if not left.name.endswith(swap.REPLACED) and time.time() - left.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)
-        with swap.exclusive(_kernel_lock(output)):
-            beside.rmdir()  # fails when another run is publishing
+        copies += [(source, output.join(folder, name)) for source, name in parts]
+    mine = [target for _, target in copies]
+    try:
+        _compare(output, folder, base)
+        each(lambda pair: _copy(*pair), copies)
+        replaced = _exchange(output, folder, parts, base, full) if output.is_local else None
+    except ClaydistError as e:
+        records.remove(mine)
+        if isinstance(e.__cause__, FileNotFoundError):  # nobody else removes what this run has put there
+            raise _lost(output, folder, base) from None
+        raise
+    if output.is_local:
+        old = set() if base.manifest is None else quarantine_names(base.manifest) - quarantine_names(full)
+        return Committed(replaced, records.remove([quarantined.join(name) for name in old]))
+    if not records.create(output, folder, full):
+        records.remove(mine)
+        raise _lost(output, folder, base)
+    # The date is published: nothing that follows makes it fail.
+    try:
+        return Committed(unfinished=records.finish(output, folder))
+    except ClaydistError as e:
+        return Committed(unfinished=str(e))
 
 
-def _remove_replaced(folder: Path) -> None:
-    """Remove a folder GRACE_S after it was replaced: moving it has set its ctime."""
-    with suppress(FileNotFoundError):
-        age = time.time() - folder.stat().st_ctime
-        time.sleep(min(max(0.0, GRACE_S - age), GRACE_S))
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _commit_local(
-    output: Store, folder: str, names: Sequence[tuple[Store, str]], base: Current, manifest: Mapping[str, Any]
+def _exchange(
+    output: Store, folder: str, parts: Sequence[tuple[Store, str]], base: Current, manifest: Manifest
 ) -> Path | None:
-    beside = swap.aside(Path(output.path))
-    new = beside / f"{folder}~{manifest['published_by']}"
+    """Put the folder of a date together and have it take the place of the old one, which is given back."""
+    new = swap.aside(Path(output.path)) / f"{folder}~{manifest['published_by']}"
+    made = Store(str(new), output.fs, str(new))
     try:
         with _doing(output):
             with swap.exclusive(_kernel_lock(output)):
                 new.mkdir(parents=True)
-            for source, name in names:
+            for source, name in parts:
                 swap.link(Path(source.path), new / name)
-            Store(str(new), output.fs, str(new)).join(MANIFEST).write(_to_bytes(manifest))
+            made.join(MANIFEST).write(to_bytes(manifest))
             with swap.exclusive(_kernel_lock(output)):
-                _compare(look(output, folder), base, output, folder)
+                _compare(output, folder, base)
+                lost_rows = quarantine_names(manifest) - set(output.join(QUARANTINE, folder).list())
+                if lost_rows or set(made.list()) != {MANIFEST, *part_names(manifest)}:
+                    raise _lost(output, folder, base)
                 swap.put_in_place(new, Path(output.path) / folder)
     except ClaydistError:
-        shutil.rmtree(new, ignore_errors=True)
+        swap.remove(new)
         raise
     return new if new.exists() else None
 
 
-def _commit_remote(output: Store, folder: str, names: Sequence[tuple[Store, str]], manifest: Mapping[str, Any]) -> None:
-    each(lambda pair: _copy(pair[0], output.join(folder, pair[1])), names)
-    record = output.join(COMMITS, folder, f"{manifest['sequence']:06}.json")
-    try:
-        record.create(_to_bytes(manifest))
-    except AlreadyExists:
-        raise _lost(output, folder) from None
-    # The number may have been taken, overtaken and removed since we looked.
-    if _records(output, folder)[-1] != manifest["sequence"]:
-        with suppress(StorageError):
-            record.remove()
-        raise _lost(output, folder)
-    _finish(output, folder, manifest)
+def check_place(output: Store) -> None:
+    """Pass when a date can be put together beside a local output and come in by a rename.
+
+    Raises
+    ------
+    StorageError : when it cannot.
+    """
+    if not output.is_local:
+        return
+    place, beside = Path(output.path), swap.aside(Path(output.path))
+    name = f"probe-{uuid.uuid4().hex}"
+    with _doing(output), swap.exclusive(_kernel_lock(output)):
+        staged, made = place / lock.FOLDER / name, beside / name
+        beside.mkdir(parents=True, exist_ok=True)
+        try:
+            staged.touch()
+            swap.link(staged, made)
+            made.rename(place / lock.FOLDER / f"{name}-in")
+        finally:
+            for path in (staged, made, place / lock.FOLDER / f"{name}-in"):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.rmdir()
 
 
-def _finish(output: Store, folder: str, manifest: Mapping[str, Any]) -> None:
-    """What follows the record of a publication: the manifest, and no file but its own."""
-    output.join(folder, MANIFEST).write(_to_bytes(manifest))
-    old = [output.join(folder, name) for name in output.join(folder).list() if name not in _names(manifest)]
-    records = _records(output, folder)
-    if records and records[-1] > manifest["sequence"]:
-        return  # a later publication is at work here: what is not ours is its
-    old += [output.join(COMMITS, folder, f"{n:06}.json") for n in records if n < manifest["sequence"]]
-
-    def remove(place: Store) -> None:
-        with suppress(StorageError):
-            place.remove()
-
-    each(remove, old)
-
-
-def _publish_quarantine(output: Store, partition: Partition, staged: Sequence[Staged], run: str) -> None:
-    staging = Staging(output).store
-    for unit, file in zip([u for u in staged if u.quarantine], quarantine_files(staged, run), strict=True):
-        source = staging.join(partition.quarantine_name(unit.unit_id, run))
-        output.join(QUARANTINE, partition.folder, file["name"]).write(source.read())
+def sweep(output: Store, replaced: Sequence[Path]) -> None:
+    """Remove replaced folders, and what dead publishers have left beside the output."""
+    beside = swap.aside(Path(output.path))
+    if not output.is_local or not beside.exists():
+        return
+    with suppress(OSError):
+        with swap.exclusive(_kernel_lock(output)):
+            for left in list(beside.iterdir()):
+                # The exchange renames a folder, which sets its ctime; its mtime is that of its last file.
+                is_abandoned = _age(left) > _ABANDONED_S and not left.name.endswith(swap.REPLACED)
+                if left in replaced or is_abandoned:
+                    swap.bury(left)
+        dead = list(beside.glob(f"{swap.DEAD}*"))
+        time.sleep(min(max(0.0, GRACE_S - min(map(_age, dead), default=GRACE_S)), GRACE_S))
+        for left in dead:
+            swap.remove(left)
+        with swap.exclusive(_kernel_lock(output)):
+            beside.rmdir()  # fails when another run is publishing
 
 
-def _compare(found: Current, base: Current, output: Store, folder: str) -> None:
-    if found.identity != base.identity:
-        raise _lost(output, folder)
+def _age(path: Path) -> float:
+    """Seconds since something was renamed; 0 when it is gone."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_ctime
+    return 0.0
 
 
-def _lost(output: Store, folder: str) -> Locked:
+def _compare(output: Store, folder: str, base: Current) -> None:
+    if look(output, folder).identity != base.identity:
+        raise _lost(output, folder, base)
+
+
+def _lost(output: Store, folder: str, base: Current) -> Locked:
+    how, again = "taken over", "run again"
+    with suppress(ClaydistError):
+        if look(output, folder).identity[1] != base.identity[1]:
+            how, again = "published", "run again with --replace to publish anew"
     return Locked(
-        f"{folder} in {output} was published by another run while this one scored it; "
-        f"nothing of this run was published: look at what is there, and run again with --replace to publish anew"
+        f"{folder} in {output} was {how} by another run while this one scored it; "
+        f"nothing of this run was published: look at what is there, and {again}"
     )
-
-
-def _read(place: Store) -> Mapping[str, Any] | None:
-    """The manifest at a place; None when there is none."""
-    try:
-        tree = place.read_json()
-    except StorageError:
-        if place.exists():
-            raise
-        return None
-    protocol = tree.get("protocol") if isinstance(tree, dict) else None
-    if protocol != PROTOCOL:
-        raise DataError(
-            f"{place} was written by a newer claydist, or damaged: expected protocol {PROTOCOL}, found {protocol!r}; "
-            f"install a newer claydist, or move {place.url.rpartition('/')[0]} away"
-        )
-    if missing := sorted({"sequence", "published_by", "rows", "quarantined", "files", "state"} - set(tree)):
-        raise DataError(f"{place} is damaged: {missing} are absent; move its folder away and score the date again")
-    return tree
-
-
-def _names(manifest: Mapping[str, Any]) -> set[str]:
-    """What the folder of a published date holds."""
-    return {MANIFEST, *(file["name"] for file in manifest["files"])}
-
-
-def _records(output: Store, folder: str) -> list[int]:
-    return sorted(int(name[:-5]) for name in output.join(COMMITS, folder).list() if name.endswith(".json"))
 
 
 def _kernel_lock(output: Store) -> Path:
@@ -265,17 +316,17 @@ def _kernel_lock(output: Store) -> Path:
 
 
 def _copy(source: Store, target: Store) -> None:
-    """A copy within the store, which does not travel through this process."""
+    """A copy within the store; on object stores it does not travel through this process."""
+    if source.is_local:
+        target.write(source.read())
+        return
     try:
         source.fs.cp_file(source.path, target.path)
     # Each store's client has errors of its own, none of which is there for sure.
     except Exception as e:
         reason = redact(" ".join(str(e).split()), source.fs.storage_options)
-        raise StorageError(f"cannot copy {source} to {target}: {reason}; run again") from None
-
-
-def _to_bytes(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, ensure_ascii=False, indent=1).encode()
+        is_gone = isinstance(e, FileNotFoundError)
+        raise StorageError(f"cannot copy {source} to {target}: {reason}; run again") from (e if is_gone else None)
 
 
 @contextmanager
@@ -285,6 +336,12 @@ def _doing(output: Store) -> Iterator[None]:
         yield
     except OSError as e:
         beside = swap.aside(Path(output.path))
+        if e.errno == errno.EXDEV:
+            raise StorageError(
+                f"cannot publish in {output}: it is a volume of its own, and a date is put together in {beside}, which "
+                f"must be on the same filesystem, for it comes in by one rename; give a folder inside the volume as "
+                f"the output"
+            ) from e
         raise StorageError(
             f"cannot publish in {output}: {e.strerror or e} ({e.filename}); a date is put together in {beside}, on the "
             f"same filesystem, before it comes in by one rename: give an output whose parent can be written to"

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from claydist.display import Display
-from claydist.errors import DataError, GateFailed
+from claydist.errors import ClaydistError, DataError, GateFailed
 from claydist.predictor import Target
 from claydist.scoring import publish
 from claydist.scoring.choice import DateRun
 from claydist.scoring.dates import DateRule, parse_day
 from claydist.scoring.gates import judge_gates, reasons, too_many
+from claydist.scoring.manifest import Manifest, parts, quarantine_files
 from claydist.scoring.reports import MOST_DATES, write_report
 from claydist.scoring.staging import Staged, Staging
 from claydist.scoring.units import UnitStats
@@ -47,7 +48,7 @@ class Publisher:
     training: Sketch | None
     run_id: str
     display: Display
-    _scores: dict[dt.date, Sketch] = field(default_factory=dict)
+    _scores: dict[dt.date, Sketch | None] = field(default_factory=dict)
     _replaced: list[Path] = field(default_factory=list)
     _warnings: list[str] = field(default_factory=list)
     _stats: dict[str, UnitStats] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Publisher:
         ------
         DataError : when more rows are in quarantine than the spec allows.
         GateFailed : with every gate that fails.
-        Locked : when another run has published the date meanwhile.
+        Locked : when another run has taken the date over, or published it, meanwhile.
         """
         staged = [one.staged[unit.unit_id] for unit in one.planned.units]
         stats = UnitStats()
@@ -77,13 +78,15 @@ class Publisher:
         self._check_quarantine(one, stats)
         gates = self._judge(one, stats)
         manifest = self._manifest(one, stats, staged, gates)
-        replaced = publish.commit(self.output, one.planned, staged, one.run, one.current, manifest)
-        if replaced is not None:
-            self._replaced.append(replaced)
+        done = publish.commit(self.output, one.planned, one.run, one.current, manifest)
+        if done.replaced is not None:
+            self._replaced.append(done.replaced)
+        if done.unfinished is not None:
+            self.display.say(f"{one.folder} is published; the next run ends what this one could not: {done.unfinished}")
         Staging(self.output).clean(one.planned, staged, one.run, names)
         if one.day is not None:
             self._scores[one.day] = stats.scores
-        one.ended("published", "", manifest)
+        one.ended("published", one.current.damage, manifest)
 
     def end(self, dates: Sequence[DateRun]) -> None:
         """Write the pages of few dates, say what gates warned of, and remove what was replaced or left behind."""
@@ -140,8 +143,8 @@ class Publisher:
         return {
             "date": one.day.isoformat() if one.day else None, "rows": stats.n_written,
             "quarantined": stats.n_quarantined, "left_out": stats.left_out, "rows_in": stats.n_read,
-            "files": publish.parts(partition, staged, one.run),
-            "quarantine": publish.quarantine_files(staged, one.run), "reasons": list(reasons(stats)),
+            "files": parts(staged, self.run_id),
+            "quarantine": quarantine_files(staged, self.run_id), "reasons": list(reasons(stats)),
             "model": self.model.facts, "state": partition.state.to_json(), "run": one.run,
             "published_by": self.run_id, "published_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "input": {"fingerprint": partition.state.inventory, "files": len({u.file for u in partition.units})},
@@ -155,21 +158,29 @@ class Publisher:
     def _last_scores(self, one: DateRun) -> Sketch | None:
         """Scores of the last published date before this one; of an undated output those that are replaced."""
         if one.day is None or self.rule is None:
-            found = one.current.manifest
-            return Sketch.from_json(found["scores"]) if found else None
-        before = [day for day in self._published | set(self._scores) if day < one.day]
-        if not before:
+            return _scores(one.current.manifest)
+        for last in sorted((day for day in self._published | set(self._scores) if day < one.day), reverse=True):
+            if last not in self._scores:
+                self._scores[last] = self._read_scores(one, self.rule.folder(last))
+            if (found := self._scores[last]) is not None:
+                return found
+        return None
+
+    def _read_scores(self, one: DateRun, folder: str) -> Sketch | None:
+        try:
+            return _scores(publish.look(self.output, folder).manifest)
+        except ClaydistError as e:  # of that date, and no reason for this one to fail
+            self._warnings.append(f"{one.folder}: not compared with {folder}: {e}")
             return None
-        last = max(before)
-        if last not in self._scores:
-            manifest = publish.look(self.output, self.rule.folder(last)).manifest
-            if manifest is None:
-                return None
-            self._scores[last] = Sketch.from_json(manifest["scores"])
-        return self._scores[last]
 
     @cached_property
     def _published(self) -> set[dt.date]:
         """Dates that have a folder when the first is judged."""
         found = (parse_day(name.partition("=")[2]) for name in self.output.list() if "=" in name)
         return {day for day in found if day}
+
+
+def _scores(manifest: Manifest | None) -> Sketch | None:
+    """The scores of a published date; None where nothing is published, or its manifest does not have them."""
+    tree = manifest.get("scores") if manifest else None
+    return Sketch.from_json(tree) if tree else None

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from claydist.errors import DataError, SpecError, StorageError
 from claydist.scoring.dates import UNDATED, parse_day
-from claydist.scoring.publish import COMMITS, Current, look
+from claydist.scoring.publish import Current, look
+from claydist.scoring.records import COMMITS
 from claydist.storage import Store, open_store
 
 _ATTEMPTS = 20

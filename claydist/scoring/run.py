@@ -21,8 +21,9 @@ from claydist.scoring.dates import DateRule, folder_of, only_files
 from claydist.scoring.input import DateInput, find_input
 from claydist.scoring.lock import Lease, Owner
 from claydist.scoring.progress import Board
-from claydist.scoring.publish import COMMITS, look, settle
+from claydist.scoring.publish import check_place, look, settle
 from claydist.scoring.publisher import Publisher
+from claydist.scoring.records import COMMITS
 from claydist.scoring.staging import Staging, each
 from claydist.scoring.units import Partition, State, inputs_digest, plan_partition, spec_part
 from claydist.scoring.work import RayWork, Work
@@ -186,11 +187,12 @@ class _Scoring:
 
     def _work_on(self, dates: Sequence[DateRun]) -> None:
         open_dates = [one for one in dates if one.partition is not None]
-        for one, current in zip(open_dates, each(lambda d: look(self.output, d.folder), open_dates), strict=True):
-            one.current = current
-        waiting = [one for one in open_dates if not self._is_decided(one) or not one.current.is_settled]
+        each(self._look, open_dates)
+        found = [one for one in open_dates if not one.error]
+        waiting = [one for one in found if not self._is_decided(one) or not one.current.is_settled]
         if not waiting:
             return
+        check_place(self.output)
         publisher = self._publisher()
         with Lease(self.output, Owner.me(self.run.run_id)) as lease:
             held = [one for one, is_held in zip(waiting, self._take_all(lease, waiting), strict=True) if is_held]
@@ -198,6 +200,12 @@ class _Scoring:
             is_open = each(lambda one: self._prepare(one, names), held)
             self._score([one for one, needed in zip(held, is_open, strict=True) if needed], names, publisher)
             publisher.end(dates)
+
+    def _look(self, one: DateRun) -> None:
+        try:
+            one.current = look(self.output, one.folder)
+        except ClaydistError as e:
+            one.failed(e)
 
     def _publisher(self) -> Publisher:
         scores = None
@@ -213,6 +221,8 @@ class _Scoring:
     def _is_decided(self, one: DateRun) -> bool:
         """True when the date needs no scoring."""
         what, why = decide(one.current.manifest, one.planned, self.choice)
+        if one.current.damage:
+            what, why = "score", one.current.damage
         if what == "score" and one.problem is not None:
             where = f"{one.folder}, whose first file is {one.files.files[one.rows[0].file].url}"
             one.failed(DataError(f"{where}: {one.problem.message}", one.problem.problems))
@@ -230,7 +240,15 @@ class _Scoring:
         return each(lambda one: self._take(lease, one), dates)
 
     def _take(self, lease: Lease, one: DateRun) -> bool:
-        """True when the lock of the date is this run's."""
+        """True when the lock of the date is this run's; a lock that cannot be read fails its date alone."""
+        try:
+            return self._wait_for(lease, one)
+        except ClaydistError as e:
+            if one.status is None:
+                one.failed(e)
+            return False
+
+    def _wait_for(self, lease: Lease, one: DateRun) -> bool:
         said = False
         while (holder := lease.try_lock(one.folder)) is not None:
             if one.status is not None:
@@ -254,8 +272,7 @@ class _Scoring:
             one.current = look(self.output, one.folder)
             if self._is_decided(one):
                 return False
-            if one.current.manifest is None:
-                checks.check_folder(self.output, one.folder)
+            checks.check_folder(self.output, one.folder, one.current.manifest)
             checks.check_files(one.files, one.rows, self.bundle.predictor.schema.names, one.folder)
             one.run = self.staging.open_run(one.planned, self.run.run_id, names)
             one.staged = self.staging.find(one.planned, one.run, names)

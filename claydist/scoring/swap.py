@@ -4,6 +4,9 @@ Readers that glob `**/*.parquet` find every file below the output that ends so, 
 with files of such names is put together beside the output, and comes in by one rename; where a folder is in its place,
 the two are exchanged by one system call. What was replaced stays whole for a moment, for readers that are listing it:
 they then open by a path that now leads to the new folder, where names are others, and get a clean not-found.
+
+A folder beside the output may be exchanged at any moment by a publisher that everybody took for dead. So it is removed
+in two steps: under the lock it gets a name that nobody exchanges, and then its files go.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import errno
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +26,7 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 REPLACED = "~replaced"
+DEAD = "dead~"
 
 
 @contextmanager
@@ -38,7 +43,8 @@ def exclusive(file: Path) -> Iterator[None]:
 
 def aside(output: Path) -> Path:
     """Where folders are put together: beside the output, on the same filesystem, where no reader of it looks."""
-    return output.parent / f".{output.name}.publishing"
+    real = Path(os.path.realpath(output))  # the filesystem is the one that a link leads to
+    return real.parent / f".{real.name}.publishing"
 
 
 def link(source: Path, target: Path) -> None:
@@ -64,8 +70,13 @@ def put_in_place(new: Path, place: Path) -> None:
     elif not _exchange(new, place):
         old = new.with_name(new.name + REPLACED)
         place.rename(old)
-        new.rename(place)
-        old.rename(new)
+        try:
+            new.rename(place)
+        except OSError:
+            old.rename(place)
+            raise
+        with suppress(OSError):  # the new folder is in place; the next `settle` finds the old one
+            old.rename(new)
     sync(place.parent)
 
 
@@ -75,6 +86,21 @@ def mend(place: Path, beside: Path) -> None:
         if not place.exists():
             old.rename(place)
             sync(place.parent)
+
+
+def bury(left: Path) -> None:
+    """Give a folder beside the output a name under which nobody exchanges it. Under `exclusive`."""
+    if not left.name.startswith(DEAD):
+        with suppress(FileNotFoundError):
+            left.rename(left.with_name(f"{DEAD}{left.name}~{uuid.uuid4().hex[:8]}"))
+
+
+def remove(left: Path) -> None:
+    """Remove what is beside the output, and of which nobody but the caller knows, or which is buried."""
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def sync(directory: Path) -> None:
