@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from claydist import cluster
 from claydist.arrays import native_type
+from claydist.dataset.reader import batch_rows_of
 from claydist.errors import ClusterError
 from claydist.features import is_categorical
 from claydist.preparation import Prepared
@@ -18,7 +19,8 @@ from claydist.spec import DataSpec, TrainSpec, XGBoostSpec
 
 # What a worker process holds before it has read a row: Ray, numpy, pyarrow, xgboost and what they import.
 BASE_MB = 300
-BATCH_ROWS = 131_072
+# Of each cell of a batch: as it is read, encoded, and as the model takes it.
+BATCH_CELL_BYTES = 12
 # Fitted to the measured PSS of XGBoost 3.2: two copies of the bin index (by row and by column), and for each row
 # label, prediction, gradient pair and its places in the partition of the tree.
 INDEX_COPIES = 2
@@ -52,7 +54,7 @@ def estimate_mb(spec: TrainSpec, columns: Sequence[pa.Field], n_rows: int, n_wor
     rows = n_rows / n_workers
     widths = [width for column in columns for width in _widths(column, spec.data)]
     cells = rows * len(widths)
-    batches = 12 * min(rows, BATCH_ROWS) * len(widths)
+    batches = BATCH_CELL_BYTES * min(rows, batch_rows_of(column.type for column in columns)) * len(widths)
     if isinstance(spec.model, XGBoostSpec):
         width = 1 if n_bins(spec.model) <= 256 else 2
         # The matrix is made when the first two copies are gone, and is not larger.

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import pyarrow.types as pat
 
 from claydist.dataset.cache import ChunkCache, chunk_ranges
 from claydist.dataset.footers import Inventory
@@ -22,6 +23,8 @@ from claydist.errors import ClaydistError, DataError, StorageError
 from claydist.expressions import parse
 
 BATCH_ROWS = 131_072
+BATCH_BYTES = 64 * 2**20
+TEXT_BYTES = 16
 PART_NUMBERS = {"train": TRAIN, "valid": VALID, "test": TEST}
 
 _parsed = lru_cache(parse)
@@ -169,6 +172,12 @@ class _Scan:
         return [group.id for group in fragment.subset(expression.arrow(schema), schema=schema).row_groups]
 
 
+def batch_rows_of(kinds: Iterable[pa.DataType]) -> int:
+    """Rows of a batch of columns of these types: BATCH_ROWS, or fewer where so many take more than BATCH_BYTES."""
+    width = sum(kind.bit_width / 8 if pat.is_primitive(kind) else TEXT_BYTES for kind in kinds)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(width, 1))))
+
+
 def read_pieces(
     inventory: Inventory,
     pieces: Iterable[Piece],
@@ -176,7 +185,7 @@ def read_pieces(
     selection: Selection | None = None,
     *,
     groups: tuple[str, np.ndarray] | None = None,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Iterator[pa.Table]:
     """The selected rows of the pieces, in their order, as tables of at least `batch_rows` rows and fewer than twice so.
@@ -189,7 +198,8 @@ def read_pieces(
     columns : what the tables hold, in this order; the selection reads what it needs besides.
     selection : which rows count; all, where not given.
     groups : a column and sorted `hash_values`; of the pieces' rows only those of these ranking groups are kept.
-    batch_rows : bounds the memory, together with the compressed size of one row group.
+    batch_rows : bounds the memory, together with the compressed size of one row group; by the width of the columns
+        (`batch_rows_of`) where not given.
     cache_dir : where remote bytes are kept for later passes; local files never are.
 
     Raises
@@ -199,6 +209,7 @@ def read_pieces(
     """
     chosen = selection or Selection()
     needed = _needed(inventory, columns, chosen.columns | ({groups[0]} if groups else set()))
+    batch_rows = batch_rows or batch_rows_of(inventory.schema.field(name).type for name in needed)
     cache = Path(cache_dir) if cache_dir is not None else None
     pending: list[pa.Table] = []
     n_pending = 0
@@ -224,7 +235,7 @@ def read_parts(
     where: str | None = None,
     split: SplitPlan | None = None,
     *,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Iterator[tuple[int, np.ndarray, pa.Table]]:
     """Row group, parts (n_rows,) int8 (0 train, 1 valid, 2 test) and rows of each batch, after `where`.
@@ -236,6 +247,7 @@ def read_parts(
     As `read_pieces`.
     """
     needed = _needed(inventory, columns, _selecting(where, split))
+    batch_rows = batch_rows or batch_rows_of(inventory.schema.field(name).type for name in needed)
     scan = _Scan(inventory, file, needed, batch_rows, Path(cache_dir) if cache_dir is not None else None)
     for group, first, table in scan.tables(row_groups, keep=where):
         rows, parts = _assigned(scan, table, first, where, split)

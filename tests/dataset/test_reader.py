@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from claydist.dataset.footers import Inventory, take_inventory
-from claydist.dataset.reader import Selection, read_parts, read_pieces
+from claydist.dataset.reader import BATCH_BYTES, BATCH_ROWS, Selection, batch_rows_of, read_parts, read_pieces
 from claydist.dataset.shards import Piece, plan_groups, plan_shards
 from claydist.dataset.split import SplitPlan, hash_values
 from claydist.errors import DataError, InputChanged
@@ -230,3 +230,15 @@ def test_flights() -> None:
     assert pc.mean(delays).as_py() == pytest.approx(6.895377, abs=1e-6)
     assert tables(["flight"], "month >= 11").num_rows == 27_268 + 28_135
     assert tables(["flight"], "time_hour < '2013-02-01 00:00:00-05:00'").num_rows == pytest.approx(27_004, rel=0.05)
+
+
+def test_wide_rows_come_in_smaller_batches(tmp_path) -> None:
+    assert batch_rows_of([pa.float32()] * 28) == BATCH_ROWS
+    assert batch_rows_of([pa.float64()] * 800) == BATCH_BYTES // 6400
+    assert batch_rows_of([pa.string()] * 4_000_000) == 1
+    table = pa.table({f"c{j}": np.arange(5000, dtype=np.float64) + j for j in range(3000)})
+    pq.write_table(table, tmp_path / "wide.parquet", row_group_size=5000)
+    inventory = take_inventory([str(tmp_path)])
+    tables = list(read_pieces(inventory, (Piece(0, 0, 0, 5000),), table.column_names))
+    assert max(t.nbytes for t in tables) <= 1.1 * BATCH_BYTES < table.nbytes
+    assert pa.concat_tables(tables).combine_chunks().equals(table)
