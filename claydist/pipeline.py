@@ -200,6 +200,7 @@ def _evaluation_plan(
     return EvaluationPlan(
         predictor, prepared.parts[name], weight=spec.data.weight, group=spec.data.group, slices=tuple(slices),
         depths=tuple(depths), prior=prepared.prior, profile=spec.data, cache_dir=cache_dir,
+        origins={name: profile.origin for name, profile in prepared.profiles.items()},
     )  # fmt: skip
 
 

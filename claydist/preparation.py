@@ -15,7 +15,7 @@ from typing import Any
 from claydist import cluster
 from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.split import SplitPlan
-from claydist.dataset.statistics import Part, PassPlan, PassSums, part_of, summarise
+from claydist.dataset.statistics import Part, PassPlan, PassSums, first_times, part_of, summarise
 from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
@@ -161,6 +161,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     schema = Schema((*features, *(Column(o, "float") for o in (roles.offset,) if o and o not in roles.features)))
     check_types(schema, data)
     plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
+    plan = replace(plan, origins=first_times(plan))
     sums = summarise(plan, cluster.run_tasks)
     for name, apart in tables.separate.items():
         _check_separate(apart, main, schema, roles, ", ".join(map(redact, getattr(spec.split, name).path)))

@@ -74,6 +74,7 @@ class ColumnSums:
     counts : rows by category; None where the column is a number.
     parts : moments by calendar part.
     sketch : of the finite values; None where the column is a category.
+    origin : what was taken off the values before they went into the sketch: seconds, of dates and timestamps.
     """
 
     n_rows: int = 0
@@ -86,6 +87,7 @@ class ColumnSums:
     counts: Counter[Any] | None = None
     parts: Mapping[str, Moments] = field(default_factory=dict)
     sketch: Sketch | None = None
+    origin: float = 0.0
 
     def __add__(self, other: ColumnSums) -> ColumnSums:
         return ColumnSums(
@@ -100,6 +102,7 @@ class ColumnSums:
             {part: self.parts.get(part, Moments()) + other.parts.get(part, Moments())
              for part in {**self.parts, **other.parts}},
             _either(self.sketch, other.sketch, lambda a, b: a + b),
+            self.origin if self.sketch is not None else other.origin,
         )  # fmt: skip
 
     def profile(self) -> ColumnProfile:
@@ -107,7 +110,7 @@ class ColumnSums:
         return ColumnProfile(
             self.n_rows, self.n_null, self.n_infinite, self.moments.mean, self.moments.variance,
             self.minimum, self.maximum, self.inexact_float32, None if self.counts is None else dict(self.counts),
-            {part: (m.mean, _part_scale(m)) for part, m in self.parts.items()}, self.sketch,
+            {part: (m.mean, _part_scale(m)) for part, m in self.parts.items()}, self.sketch, self.origin,
         )  # fmt: skip
 
 
@@ -126,6 +129,7 @@ class ColumnProfile:
     counts: Mapping[Any, int] | None = None
     parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sketch: Sketch | None = None
+    origin: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The profile as it stands in profile.json; of the categories the most frequent."""
@@ -134,6 +138,7 @@ class ColumnProfile:
             top = sorted(self.counts.items(), key=lambda item: (-item[1], str(item[0])))[:TOP_CATEGORIES]
             return {**tree, "n_categories": len(self.counts), "top": [[value, n] for value, n in top]}
         tree |= {"mean": self.mean, "variance": self.variance, "min": self.minimum, "max": self.maximum}
+        tree |= {"origin": self.origin} if self.origin else {}
         return tree | {"sketch": self.sketch.to_json() if self.sketch else None}
 
 
@@ -162,17 +167,26 @@ def numeric_sums(values: np.ndarray, w: np.ndarray | None, *, sketch: bool = Tru
     return ColumnSums(n_rows, n_null, n_infinite, Moments.of(values, w), low, high, bool(inexact), sketch=summary)
 
 
-def time_sums(ns: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray]) -> ColumnSums:
-    """Sums of timestamps: int64 nanoseconds with nulls; minimum and maximum stay exact integers."""
+def time_sums(ns: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray], origin: float = 0.0) -> ColumnSums:
+    """Sums of timestamps: int64 nanoseconds with nulls; minimum and maximum stay exact integers.
+
+    Parameters
+    ----------
+    origin : seconds near the times. A bucket of the sketch is as wide as 1/64 of a value: of seconds since 1970 that is
+        half a year, in which no drift would be seen.
+    """
     valid = ns.is_valid().to_numpy(zero_copy_only=False)
     seconds = ns.drop_null().to_numpy(zero_copy_only=False) / 1e9
     weights = None if w is None else w[valid]
-    base = numeric_sums(seconds, weights)
+    base = numeric_sums(seconds, weights, sketch=False)
+    sketch = Sketch()
+    sketch.add(seconds - origin)
     limits = pc.min_max(ns).as_py()
     moments = {part: Moments.of(values[valid], weights) for part, values in parts.items()}
     return ColumnSums(
-        len(ns), ns.null_count, 0, base.moments, limits["min"], limits["max"], parts=moments, sketch=base.sketch
-    )
+        len(ns), ns.null_count, 0, base.moments, limits["min"], limits["max"], parts=moments,
+        sketch=sketch if len(seconds) else None, origin=origin,
+    )  # fmt: skip
 
 
 def category_sums(text: pa.DictionaryArray) -> ColumnSums:

@@ -6,7 +6,7 @@ order of the input, so that mean and variance have the same bits on one node and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -123,6 +123,7 @@ class PassPlan:
     features : columns to profile; none for an input that is only counted.
     only : the part that every row belongs to, of an input that is not split (`valid.path`, `test.path`).
     cache_dir : where remote bytes are kept for later passes.
+    origins : of `first_times`, by column.
     """
 
     inventory: Inventory
@@ -132,6 +133,7 @@ class PassPlan:
     split: SplitPlan | None = None
     only: str | None = None
     cache_dir: str | None = None
+    origins: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -152,6 +154,24 @@ class Run(Protocol):
 def run_here(function: Callable[..., Any], items: Sequence[Any], shared: Any) -> list[Any]:
     """Results of the function over items, in this process."""
     return [function(item, shared) for item in items]
+
+
+def first_times(plan: PassPlan) -> dict[str, float]:
+    """Seconds since the epoch of the first training row, by date or timestamp; the origin of the sketches of times.
+
+    Every task must have the same one before the first row is summed, and the evaluation has it too.
+    """
+    names = [c.name for c in plan.features if c.type in ("date", "timestamp")]
+    for file, entry in enumerate(plan.inventory.files) if names else ():
+        groups = range(len(entry.row_groups))
+        for _, parts, table in read_parts(
+            plan.inventory, file, groups, names, plan.data.where, plan.split, cache_dir=plan.cache_dir
+        ):
+            if (parts == 0).any():
+                train = table.filter(pa.array(parts == 0))
+                found = {name: nanoseconds(train.column(name)).drop_null() for name in names}
+                return {name: ns[0].as_py() / 1e9 for name, ns in found.items() if len(ns)}
+    return {}
 
 
 def summarise(plan: PassPlan, run: Run) -> PassSums:
@@ -268,13 +288,22 @@ def _train_sums(plan: PassPlan, table: pa.Table, where: str) -> PassSums:
     if plan.roles.weight:
         w = native_values(table.column(plan.roles.weight)).astype(np.float64)
     label = table.column(plan.roles.label)
-    columns = {c.name: column_sums(c, table.column(c.name), w, plan.data) for c in plan.features}
+    columns = {
+        c.name: column_sums(c, table.column(c.name), w, plan.data, plan.origins.get(c.name, 0.0)) for c in plan.features
+    }
     numbers = _label_numbers(label, w, plan.data.label.above)
     return PassSums(label_numbers=numbers, label_weights=_label_weights(label, w), columns=columns)
 
 
-def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, data: DataSpec) -> ColumnSums:
-    """Sums of one feature column, by what the spec says it is; weighted with w (n_rows,) where given."""
+def column_sums(
+    column: Column, values: pa.ChunkedArray, w: np.ndarray | None, data: DataSpec, origin: float = 0.0
+) -> ColumnSums:
+    """Sums of one feature column, by what the spec says it is; weighted with w (n_rows,) where given.
+
+    Parameters
+    ----------
+    origin : of a date or timestamp, as `time_sums` takes it.
+    """
     if is_categorical(column, data):
         return category_sums(text_values(values, column.name))
     if column.type in ("timestamp", "date"):
@@ -282,7 +311,7 @@ def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, d
         parts: dict[str, np.ndarray] = {
             p: native_values(_CALENDAR[p](cast)) for p in data.calendar.get(column.name, ())
         }
-        return time_sums(nanoseconds(values), w, parts)
+        return time_sums(nanoseconds(values), w, parts, origin)
     return numeric_sums(native_values(values), w)
 
 
