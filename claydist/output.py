@@ -33,7 +33,8 @@ class Output:
         if self.as_json:
             print(json.dumps(tree, default=str, ensure_ascii=False), flush=True)
         elif text is not None:
-            Console(soft_wrap=True).print(text, highlight=False, markup=False)
+            # Names, paths and expressions are text, also within a table: brackets are no markup, nor `:1:` an emoji.
+            Console(soft_wrap=True, markup=False, emoji=False).print(text, highlight=False)
 
     def error(self, kind: str, message: str, problems: tuple[str, ...] = ()) -> None:
         """Print an error: as JSON on stdout, or as the last lines on stderr."""

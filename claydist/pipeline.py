@@ -20,7 +20,7 @@ from claydist import cluster
 from claydist.bundle import golden_rows, read_bundle, write_bundle
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
-from claydist.display import Display
+from claydist.display import Display, with_restarts
 from claydist.errors import ClaydistError, DataError, RegistryError, TrainingError
 from claydist.evaluate import Evaluation, EvaluationPlan, evaluate
 from claydist.memory import check_memory
@@ -54,6 +54,7 @@ class Clock:
         began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self.display.done()
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train(
                     autoscaler_cpus=cluster.autoscaler_cpus(),
                 )  # fmt: skip
                 cluster.wait_for_room(planned, spec.train.wait_s, display.say)
-                result = train_on_ray(job, spec.train, memory_bytes(spec), display.progress)
+                result = train_on_ray(job, spec.train, memory_bytes(spec), with_restarts(display))
                 if result.outcome.get("converged") is False:
                     display.say(
                         f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "

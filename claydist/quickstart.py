@@ -51,6 +51,7 @@ def run_quickstart(folder: Path, display: Display) -> Result:
     folder = folder.resolve()
     display.stage("table")
     write_table(folder / "parcels")
+    display.done()
     registry = open_registry(str(folder / "registry"))
     trained = {}
     for kind, model in MODELS.items():

@@ -109,6 +109,8 @@ class _Scoring:
         self.stage = (stage, now)
         if stage:
             self.display.stage(stage)
+        else:
+            self.display.done()
 
     def _load(self) -> Bundle:
         found = self.registry.resolve(self.spec.model)
