@@ -170,6 +170,7 @@ def evaluate(
     registry: RegistryUrl = None,
     address: Address = None,
     verbose: Verbose = False,
+    log_json: LogJson = False,
 ) -> None:
     """Exact metrics of a model on a labelled table, or of published scores once their labels have arrived.
 
@@ -178,14 +179,15 @@ def evaluate(
     if scores and labels and not (ref or data or where):
         from claydist.scoring.judge import evaluate_scores
 
-        with _ray(address, verbose):
-            tree = evaluate_scores(scores, labels, slices=slices or ())
+        with _ray(address, verbose), display(log_json=log_json) as shown:
+            tree = evaluate_scores(scores, labels, slices=slices or (), display=shown)
     elif ref and data and not scores and not labels:
         from claydist.assessment import evaluate_reference
         from claydist.registry import open_registry
 
-        with _ray(address, verbose):
-            tree = evaluate_reference(ref, tuple(data), open_registry(registry), where=where, slices=slices or ())
+        with _ray(address, verbose), display(log_json=log_json) as shown:
+            opened = open_registry(registry)
+            tree = evaluate_reference(ref, tuple(data), opened, where=where, slices=slices or (), display=shown)
     else:
         raise typer.BadParameter("give REF --data URL [--where E], or --scores URL --labels URL")
     Output(as_json).result(tree, metrics_table({"all": tree["metrics"], **tree["slices"]}))

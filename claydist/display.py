@@ -19,6 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
+COUNT_EVERY_S = 0.2
 BAR_WIDTH = 10
 
 
@@ -222,6 +223,35 @@ def with_restarts(display: Display) -> Callable[[Mapping[str, Any]], None]:
         display.progress(board)
 
     return progress
+
+
+class RowCount:
+    """How far a pass over rows has come, for the display: pieces of work done, time left, rows a second.
+
+    Parameters
+    ----------
+    n_rows, n_pieces : all that there is to do.
+    noun : what a piece is called, in the plural.
+    """
+
+    def __init__(self, display: Display, n_rows: int, n_pieces: int, noun: str) -> None:
+        self.display, self.n_rows, self.n_pieces, self.noun = display, n_rows, n_pieces, noun
+        self.rows = self.pieces = 0
+        self.began = time.monotonic()
+        self.shown = 0.0
+
+    def add(self, n_rows: int, n_pieces: int = 1) -> None:
+        """Count what is done, and show it now and then."""
+        self.rows += n_rows
+        self.pieces += n_pieces
+        now = time.monotonic()
+        if now - self.shown < COUNT_EVERY_S and self.pieces < self.n_pieces:
+            return
+        self.shown = now
+        speed = self.rows / max(now - self.began, 1e-9)
+        left = time_left((self.n_rows - self.rows) / max(speed, 1e-9))
+        text = f"{self.pieces:,} of {self.n_pieces:,} {self.noun}  {left}  {speed:,.0f} rows/s"
+        self.display.progress({"text": text, "share": self.rows / max(self.n_rows, 1)})
 
 
 def describe(board: Mapping[str, Any]) -> tuple[str, float | None]:

@@ -20,6 +20,7 @@ from claydist import cluster
 from claydist.bundle import golden_rows, read_bundle, write_bundle
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
+from claydist.dataset.statistics import run_and_show
 from claydist.display import Display, with_restarts
 from claydist.errors import ClaydistError, DataError, RegistryError, TrainingError
 from claydist.evaluate import Evaluation, EvaluationPlan, evaluate
@@ -98,7 +99,7 @@ def train(
                 if not layout.scales:
                     # Tasks wait for a CPU without a word and without an end.
                     cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
-                prepared = prepare(spec, tables, cache_dir)
+                prepared = prepare(spec, tables, cache_dir, display)
                 if not layout.scales:
                     check_memory(spec, prepared, run.facts["layout"])
             for warning in prepared.warnings:
@@ -120,11 +121,11 @@ def train(
             predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
             with clock.stage("evaluation"):
                 evaluations = {
-                    name: evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir))
+                    name: _evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir), name, display)
                     for name in prepared.judged_parts
                 }
                 goals = _judge(spec, evaluations)
-                champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
+                champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir, display)
             with clock.stage("registration"):
                 trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
                                     promote, clock, resumed)  # fmt: skip
@@ -205,6 +206,10 @@ def _evaluation_plan(
     )  # fmt: skip
 
 
+def _evaluate(plan: EvaluationPlan, name: str, display: Display) -> Evaluation:
+    return evaluate(plan, run_and_show(display, plan.part.counts, f"tasks of {name}"))
+
+
 def _judge(spec: TrainSpec, evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     on = judging_part(evaluations)
     return judge(spec.goals, evaluations[on].metrics, evaluations[on].slices, on)
@@ -237,6 +242,7 @@ def _judge_champion(
     prepared: Prepared,
     evaluations: Mapping[str, Evaluation],
     cache_dir: str,
+    display: Display,
 ) -> Champion:
     """The champion as it is now, judged on the candidate's test rows."""
     version = registry.alias_version(spec.name)
@@ -250,7 +256,8 @@ def _judge_champion(
             return Champion(version, objection="the champion predicts another label; promote by hand if it shall go")
         # The constant model and the profile are the candidate's: they need not fit the champion's classes and columns.
         plan = replace(_evaluation_plan(predictor, prepared, spec, "test", cache_dir), prior=None, profile=None)
-        return Champion(version, evaluate(plan).metrics.get(deciding_metric(spec.goals, ours.task)))
+        theirs_on_test = _evaluate(plan, "test by the champion", display)
+        return Champion(version, theirs_on_test.metrics.get(deciding_metric(spec.goals, ours.task)))
     except DataError:
         return Champion(version)  # trained on other columns, say: it cannot stand in the way
     except ClaydistError as e:

@@ -132,8 +132,11 @@ def test_a_version_lives_through_all_commands(
     second = run(["train", path, "--set", "model.rounds=1", "--json"], capfd)[1]
     assert (first["promoted"], second["promoted"]) == (True, False), "one round is worse than five"
     registry = ["--registry", spec["registry"], "--json"]
-    _, judged, _ = run(["evaluate", "parcels", "--data", spec["data"]["path"], "--where", "km > 50",
-                        "--slice", "express = true", *registry], capfd)  # fmt: skip
+    _, judged, err = run(["evaluate", "parcels", "--data", spec["data"]["path"], "--where", "km > 50",
+                          "--slice", "express = true", "--log-json", *registry], capfd)  # fmt: skip
+    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert [e["stage"] for e in events if e["event"] == "stage"] == ["inventory", "statistics", "evaluation"]
+    assert "statistics" in {e["stage"] for e in events if e["event"] == "progress"}
     assert {"model", "version", "rows", "metrics", "slices"} <= set(judged)
     assert judged["version"] == 1
     assert 0 < judged["slices"]["express = true"]["rows"] < judged["rows"] < 400

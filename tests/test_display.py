@@ -9,9 +9,11 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from claydist import display
-from claydist.display import Plain, Silent, Terminal, describe, with_restarts
+from claydist import cluster, display
+from claydist.dataset.statistics import run_and_show
+from claydist.display import Plain, RowCount, Silent, Terminal, describe, with_restarts
 from claydist.output import Output, metrics_table
+from tests.scoring.support import Saying
 
 READ = {"stage": "read", "part": "train", "rows": 5_000, "of": 20_000}
 BOOST = {"stage": "boost", "round": 30, "of": 120, "metric": "logloss", "values": {"train": 0.41234567, "valid": 0.5},
@@ -87,6 +89,33 @@ def test_what_is_said_after_a_stage_stands_below_it() -> None:
     shown.stage("inventory")
     shown.done()
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["table", "xgboost", "inventory"]
+
+
+def test_a_pass_over_rows_is_shown_with_its_rate_and_its_end() -> None:
+    shown = Saying()
+    count = RowCount(shown, 40, 3, "units")
+    for n_rows in (10, 20, 10):
+        count.add(n_rows)
+    assert re.fullmatch(r"3 of 3 units  0 s left  [\d,]+ rows/s", shown.boards[-1]["text"])
+    assert shown.boards[-1]["share"] == 1.0
+
+
+def test_tasks_are_counted_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_tasks(function: Any, items: Any, shared: Any, on_done: Any) -> list[Any]:
+        results = [function(item, shared) for item in items]
+        for index in (1, 0):
+            on_done(index, results[index])
+        return results
+
+    monkeypatch.setattr(cluster, "run_tasks", run_tasks)
+    monkeypatch.setattr(display, "COUNT_EVERY_S", 0.0)
+    shown = Saying()
+    run = run_and_show(shown, [[3, 4], [13]], "tasks of test")
+    assert run(lambda item, shared: (item, shared), [((0, (0, 1)),), ((1, (0,)),)], "plan") == [
+        (((0, (0, 1)),), "plan"), (((1, (0,)),), "plan")
+    ]  # fmt: skip
+    assert [board["share"] for board in shown.boards] == [0.65, 1.0]
+    assert shown.boards[0]["text"].startswith("1 of 2 tasks of test  ")
 
 
 def test_plain_lines_go_to_standard_error_and_are_few(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from claydist import cluster
 from claydist.arrays import nanoseconds, native_values, text_values
 from claydist.dataset.footers import Inventory
 from claydist.dataset.reader import Selection, read_parts
 from claydist.dataset.split import SplitPlan, hash_values
+from claydist.display import Display, RowCount
 from claydist.errors import DataError
 from claydist.features import is_categorical
 from claydist.profile import (
@@ -142,13 +144,38 @@ class PassPlan:
         single = filter(None, (roles.label, roles.weight, roles.offset, roles.group))
         return list(dict.fromkeys([*(c.name for c in self.features), *single]))
 
+    @property
+    def rows(self) -> list[Sequence[int]]:
+        """Rows, by file and row group."""
+        return [entry.row_groups for entry in self.inventory.files]
+
 
 class Run(Protocol):
-    """Maps a function over tasks, results in order: `cluster.run_tasks`, or `run_here`."""
+    """Maps a function over tasks, results in order: `cluster.run_tasks`, `run_and_show`, or `run_here`."""
 
     def __call__(self, function: Callable[..., Any], items: Sequence[Any], shared: Any) -> Sequence[Any]:
         """Results of `function(item, shared)`."""
         ...
+
+
+def run_and_show(display: Display, rows: Sequence[Sequence[int]], noun: str = "tasks") -> Run:
+    """`cluster.run_tasks` for tasks of `plan_tasks`, which also shows how far they have come.
+
+    Parameters
+    ----------
+    rows : what the tasks were planned from.
+    noun : what the tasks are called, in the plural.
+    """
+
+    def run(function: Callable[..., Any], items: Sequence[Task], shared: Any) -> list[Any]:
+        count = RowCount(display, sum(map(sum, rows)), len(items), noun)
+
+        def done(index: int, _: Any) -> None:
+            count.add(sum(rows[file][group] for file, groups in items[index] for group in groups))
+
+        return cluster.run_tasks(function, items, shared, on_done=done)
+
+    return run
 
 
 def run_here(function: Callable[..., Any], items: Sequence[Any], shared: Any) -> list[Any]:
@@ -182,7 +209,7 @@ def summarise(plan: PassPlan, run: Run) -> PassSums:
     DataError : null labels, wrong weights or offsets, infinite values; with column and number.
     """
     result = PassSums()
-    for sums in run(sum_task, plan_tasks([entry.row_groups for entry in plan.inventory.files]), plan):
+    for sums in run(sum_task, plan_tasks(plan.rows), plan):
         result = result + sums
     _check(result, plan)
     return result

@@ -10,7 +10,7 @@ from typing import Any
 
 from claydist.bundle import Bundle, read_bundle
 from claydist.dataset.footers import Inventory, take_inventory
-from claydist.display import Display
+from claydist.display import Display, RowCount
 from claydist.errors import ClaydistError, DataError, Locked, SpecError
 from claydist.preparation import check_paths
 from claydist.registry import Registry
@@ -19,7 +19,6 @@ from claydist.scoring import checks
 from claydist.scoring.choice import Choice, DateRun, ScoreSummary, count_statuses, decide
 from claydist.scoring.dates import DateRule, find_dates, only_files
 from claydist.scoring.lock import Lease, Owner
-from claydist.scoring.progress import Board
 from claydist.scoring.publish import look, settle
 from claydist.scoring.publisher import Publisher
 from claydist.scoring.staging import Staging, each
@@ -239,7 +238,8 @@ class _Scoring:
         by_folder, queue = {one.folder: one for one in dates}, list(dates)
         if n_found := sum(len(one.staged) for one in dates):
             self.display.say(f"{n_found} units were scored by an earlier run; going on with what is missing")
-        board = Board(self.display, tasks)
+        rows = [sum(work.unit.n_rows for work in task.works) for task in tasks]
+        count = RowCount(self.display, sum(rows), sum(len(task.works) for task in tasks), "units")
 
         def publish_ready() -> None:
             # In the order of dates, so that the drift from the last date is the same however tasks end.
@@ -258,7 +258,7 @@ class _Scoring:
             if scored.error is not None:
                 for work in tasks[index].works:
                     by_folder[work.partition.folder].failed(scored.error)
-            board.advance(tasks[index])
+            count.add(rows[index], len(tasks[index].works))
             publish_ready()
 
         self._begin("start workers")
