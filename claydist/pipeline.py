@@ -43,15 +43,14 @@ class Clock:
     """Seconds by stage, and the run's file kept up to date with the stage."""
 
     display: Display
-    run: Run | None = None
+    run: Run
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block as this stage."""
         self.display.stage(name)
-        if self.run:
-            self.run = self.run.update(stage=name)
+        self.run = self.run.update(stage=name)
         began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
@@ -84,67 +83,84 @@ def train(
     ------
     ClaydistError : of the kind that says what is wrong; nothing is registered then.
     """
-    clock = Clock(display)
     registry.check_writable()
-    layout = plan_workers(spec)
-    with clock.stage("inventory"):
-        tables = open_tables(spec)
-    run, resumed = _open_run(spec, registry, tables, layout, display, resume=resume)
-    clock.run = run
-    display.run(run.run_id)
-    cache_dir = str(Path(gettempdir()) / f"claydist-{run.run_id}")
+    clock = Clock(display, start_run(registry, "train", spec, spec.name))
     try:
-        with run.kept_alive():
-            with clock.stage("statistics"):
-                if not layout.scales:
-                    # Tasks wait for a CPU without a word and without an end.
-                    cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
-                prepared = prepare(spec, tables, cache_dir, display)
-                if not layout.scales:
-                    check_memory(spec, prepared, run.facts["layout"])
-            for warning in prepared.warnings:
-                display.say(warning)
-            with clock.stage("training"):
-                job = _job(spec, prepared, run, cache_dir)
-                # A resumed run keeps its layout, which this cluster may not hold.
-                planned = cluster.plan_layout(
-                    cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
-                    autoscaler_cpus=cluster.autoscaler_cpus(),
-                )  # fmt: skip
-                cluster.wait_for_room(planned, spec.train.wait_s, display.say)
-                result = train_on_ray(job, spec.train, memory_bytes(spec), with_restarts(display))
-                if result.outcome.get("converged") is False:
-                    display.say(
-                        f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
-                        f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
-                    )
-            predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
-            with clock.stage("evaluation"):
-                evaluations = {
-                    name: _evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir), name, display)
-                    for name in prepared.judged_parts
-                }
-                goals = _judge(spec, evaluations)
-                champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir, display)
-            with clock.stage("registration"):
-                trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
-                                    promote, clock, resumed)  # fmt: skip
+        layout = plan_workers(spec)
+        with clock.stage("inventory"):
+            tables = open_tables(spec)
+        resumed = _open_run(clock, spec, registry, tables, layout, resume=resume)
+        display.run(clock.run.run_id)
+        with clock.run.kept_alive(), _cache(clock.run, tables) as cache_dir:
+            trained = _train(spec, registry, tables, layout, clock, cache_dir, promote=promote, resumed=resumed)
     except BaseException as e:
         clock.run.fail(e)
         raise
-    finally:
-        if tables.is_remote:
-            with suppress(Exception):  # a node that is gone took its cache with it
-                cluster.run_on_every_node(_remove_folder, cache_dir)
     clock.run.finish(version=trained.version, promoted=trained.summary["promoted"])
     clean_runs(registry)
     return trained
 
 
+def _train(
+    spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, clock: Clock, cache_dir: str,
+    *, promote: bool, resumed: bool,
+) -> Trained:  # fmt: skip
+    display = clock.display
+    with clock.stage("statistics"):
+        if not layout.scales:
+            # Tasks wait for a CPU without a word and without an end.
+            cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
+        prepared = prepare(spec, tables, cache_dir, display)
+        if not layout.scales:
+            check_memory(spec, prepared, clock.run.facts["layout"])
+    for warning in prepared.warnings:
+        display.say(warning)
+    with clock.stage("training"):
+        job = _job(spec, prepared, clock.run, cache_dir)
+        # A resumed run keeps its layout, which this cluster may not hold.
+        planned = cluster.plan_layout(
+            cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
+            autoscaler_cpus=cluster.autoscaler_cpus(),
+        )  # fmt: skip
+        cluster.wait_for_room(planned, spec.train.wait_s, display.say)
+        result = train_on_ray(job, spec.train, memory_bytes(spec), with_restarts(display))
+        if result.outcome.get("converged") is False:
+            display.say(
+                f"the fit did not converge: the largest gradient is {result.outcome['gradient_max']:.3g} after "
+                f"{result.outcome['n_rounds']} iterations; raise model.max_iter or model.tolerance"
+            )
+    predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
+    with clock.stage("evaluation"):
+        evaluations = {
+            name: _evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir), name, display)
+            for name in prepared.judged_parts
+        }
+        goals = _judge(spec, evaluations)
+        champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir, display)
+    with clock.stage("registration"):
+        return _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
+                         promote, clock, resumed)  # fmt: skip
+
+
+@contextmanager
+def _cache(run: Run, tables: Tables) -> Iterator[str]:
+    """The folder, on every node, where remote bytes of the run are kept; removed at the end."""
+    cache_dir = str(Path(gettempdir()) / f"claydist-{run.run_id}")
+    try:
+        yield cache_dir
+    finally:
+        if tables.is_remote:
+            with suppress(Exception):  # a node that is gone took its cache with it
+                cluster.run_on_every_node(_remove_folder, cache_dir)
+
+
 def _open_run(
-    spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, display: Display, *, resume: bool
-) -> tuple[Run, bool]:
-    """The run to go on with, or a new one, and which of the two; world size and threads are frozen with it."""
+    clock: Clock, spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, *, resume: bool
+) -> bool:
+    """Go on with the clock's run, or with an unfinished one in its place, and say which of the two by True.
+
+    World size and threads are frozen with the run.
+    """
     if resume:
         found = find_unfinished(registry, "train", spec_digest(spec), tables.fingerprint)
         if found and found.state == "running" and not found.is_mine:
@@ -154,11 +170,14 @@ def _open_run(
                 f"is gone counts as lost a minute later"
             )
         if found and found.facts.get("layout"):
-            display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
-            return found.update(state="running", **process_facts()), True
-        display.say("no unfinished run of this spec and input; starting a new one")
-    run = start_run(registry, "train", spec, spec.name, tables.fingerprint)
-    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}), False
+            clock.display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
+            begun, clock.run = clock.run, found.update(state="running", **process_facts())
+            begun.store.remove(recursive=True)
+            return True
+        clock.display.say("no unfinished run of this spec and input; starting a new one")
+    frozen = {"n_workers": layout.n_workers, "n_threads": layout.n_threads}
+    clock.run = clock.run.update(inventory=tables.fingerprint, layout=frozen)
+    return False
 
 
 def _job(spec: TrainSpec, prepared: Prepared, run: Run, cache_dir: str) -> TrainJob:

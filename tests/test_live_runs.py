@@ -37,7 +37,7 @@ def test_a_live_run_is_not_resumed(spec: TrainSpec) -> None:
         run.update(layout={"n_workers": 1, "n_threads": 1}, pid=other.pid, process_start=start)
         with pytest.raises(TrainingError, match=f"still going on, as process {other.pid}"):
             train(spec, registry, Silent(), resume=True)
-    assert [r.state for r in list_runs(registry)] == ["lost"]
+    assert [r.state for r in list_runs(registry)] == ["lost", "failed"]
     assert os.getpid() != other.pid
 
 

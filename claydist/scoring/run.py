@@ -13,7 +13,7 @@ from claydist.dataset.footers import Inventory, take_inventory
 from claydist.display import Display, RowCount
 from claydist.errors import ClaydistError, DataError, Locked, SpecError
 from claydist.preparation import check_paths
-from claydist.registry import Registry
+from claydist.registry import Registry, Resolved
 from claydist.runs import clean_runs, start_run
 from claydist.scoring import checks
 from claydist.scoring.choice import Choice, DateRun, ScoreSummary, count_statuses, decide
@@ -84,14 +84,16 @@ class _Scoring:
         if self.rule is None and (self.choice.date or self.choice.start or self.choice.stop):
             raise SpecError("dates are asked for and the spec has no `date`; name the column that holds a row's date")
         check_paths([*self.spec.input, self.spec.output])
-        self._begin("plan")
-        self.bundle = self._load()
-        self.inventory = self._open_input()
-        dates = self._plan()
-        self.run = start_run(self.registry, "score", self.spec, self.model.name, self.inventory.fingerprint)
+        found = self.registry.resolve(self.spec.model)
+        self.run = start_run(self.registry, "score", self.spec, found.name)
         self.display.run(self.run.run_id)
         try:
             with self.run.kept_alive():
+                self._begin("plan")
+                self.bundle = self._load(found)
+                self.inventory = self._open_input()
+                self.run = self.run.update(inventory=self.inventory.fingerprint)
+                dates = self._plan()
                 self._work_on(dates)
         except BaseException as e:
             self.run.fail(e)
@@ -108,11 +110,11 @@ class _Scoring:
         self.stage = (stage, now)
         if stage:
             self.display.stage(stage)
+            self.run = self.run.update(stage=stage)
         else:
             self.display.done()
 
-    def _load(self) -> Bundle:
-        found = self.registry.resolve(self.spec.model)
+    def _load(self, found: Resolved) -> Bundle:
         bundle = read_bundle(found.store)
         files = self.work.share(bundle.predictor.to_files())
         self.model = ModelFiles(found.name, found.version, bundle.digest, files)
