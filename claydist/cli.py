@@ -22,7 +22,7 @@ from claydist.cluster import prepare_environment
 prepare_environment()
 
 # Ray reads its environment when it is imported, which the modules below may do.
-from claydist.display import display  # noqa: E402
+from claydist.display import display, json_lines  # noqa: E402
 from claydist.errors import ClaydistError, ClusterError, GoalsMissed, SpecError  # noqa: E402
 from claydist.output import (  # noqa: E402
     Address,
@@ -284,7 +284,8 @@ def _verdict(trained: Any) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the exit code of the command."""
     given = sys.argv[1:] if arguments is None else arguments
-    output = Output("--json" in given)
+    output = Output("--json" in given, log_json="--log-json" in given)
+    json_lines.cache_clear()
     try:
         code = app(args=given, standalone_mode=False)
     except ClaydistError as e:

@@ -1,6 +1,7 @@
 """What a person sees while a command works: one calm line on a terminal, plain lines elsewhere; all on stderr.
 
-Under `--log-json` it is one JSON object a line instead, for machines: time, event, run, stage, and what it says.
+Under `--log-json` it is one JSON object a line instead, for machines: time, event, run, stage, and what it says. The
+events are run, stage, message, progress, error and, after all others, end.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -131,6 +133,14 @@ class JsonLines:
             for rank, word in sorted(board.get("workers", {}).items()):
                 self._write("progress", rank=rank, starts=board.get("starts", 1), work=dict(word))
 
+    def error(self, kind: str, message: str, problems: Sequence[str] = ()) -> None:
+        """Write what ends the command, with the run and stage it happened in."""
+        self._write("error", kind=kind, message=message, problems=list(problems))
+
+    def end(self) -> None:
+        """Write that nothing follows."""
+        self._write("end")
+
     def _write(self, event: str, **more: Any) -> None:
         now = datetime.now(UTC).isoformat()
         line = {"time": now, "event": event, "run": self._run, "stage": self._stage, **more}
@@ -177,12 +187,20 @@ class Terminal:
             self._console.print(f"[green]✓[/green] {self._name} [dim]{took:.1f} s[/dim]", highlight=False)
 
 
+@cache
+def json_lines() -> JsonLines:
+    """The log of this process: what ends a command is written with the run and stage that the command had come to."""
+    return JsonLines()
+
+
 @contextmanager
 def display(*, log_json: bool = False) -> Iterator[Plain | JsonLines | Terminal]:
     """A display that fits standard error, for the length of the block."""
     console = Console(stderr=True)
     if log_json:
-        yield JsonLines()
+        lines = json_lines()
+        yield lines
+        lines.end()
     elif not console.is_terminal:
         yield Plain()
     else:

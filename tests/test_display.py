@@ -147,7 +147,7 @@ def test_json_lines_are_objects_on_standard_error(capsys: pytest.CaptureFixture[
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.err.splitlines()]
     assert captured.out == ""
-    assert [line["event"] for line in lines] == ["stage", "message", "progress", "progress"]
-    assert [line["stage"] for line in lines] == ["training"] * 4
+    assert [line["event"] for line in lines] == ["stage", "message", "progress", "progress", "end"]
+    assert [line["stage"] for line in lines] == ["training"] * 5
     assert lines[1]["message"] == 'a "quoted" é line'
-    assert [(line["rank"], line["work"]) for line in lines[2:]] == [(0, READ), (1, BOOST)]
+    assert [(line["rank"], line["work"]) for line in lines[2:4]] == [(0, READ), (1, BOOST)]

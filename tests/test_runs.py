@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,29 @@ def test_a_training_that_fails_at_its_input_is_a_failed_run_that_nobody_resumes(
     assert (run.state, run.facts["stage"]) == ("failed", "inventory")
     assert "expected Parquet" in run.facts["error"]
     assert find_unfinished(registry, "train", spec_digest(spec), "x") is None
+
+
+def test_errors_are_lines_of_the_log_and_the_json_that_says_why_is_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("claydist.cli._ray", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(pipeline, "plan_workers", lambda _: cluster.Layout(1, 1))
+    monkeypatch.setattr(cluster, "nodes", lambda: [])
+    spec = {"name": "m", "data": {"path": str(tmp_path / "absent"), "label": "y"}, "model": {"kind": "linear"}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    arguments = ["train", str(tmp_path / "spec.yaml"), "--registry", str(tmp_path / "registry"), "--json"]
+    monkeypatch.setattr("sys.stderr", sys.stdout)  # as in the log of a Ray job
+    for more in ([], ["--log-json"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *more])
+        assert ended.value.code == 1
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert json.loads(last)["error"]["kind"] == "DataError"
+        assert any(line.startswith("error: expected Parquet") for line in lines) == (not more)
+    events = [json.loads(line) for line in lines]
+    assert [event["event"] for event in events] == ["stage", "error", "end"]
+    assert (events[1]["kind"], events[1]["stage"], events[1]["problems"]) == ("DataError", "inventory", [])
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "no.yaml"), "--log-json"])
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event["event"], event["stage"]) for event in events] == [("error", None), ("end", None)]
