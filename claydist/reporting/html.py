@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from claydist.reporting.score_bars import plot_scores
+
 Data = Mapping[str, Any]
 
 # Beyond these a report takes longer than a minute to read and a megabyte to hold.
@@ -80,7 +82,7 @@ def render_scored(data: Data) -> str:
         name str, date str : what was scored.
         status str : published, failed, ...; why str : its reason.
         model {name, version, digest, kind, task}
-        rows int, quarantined int, seconds float, rows_per_s float, uri str
+        rows int, quarantined int, uri str; seconds float, rows_per_s float : of the run until this date was done.
         gates [{gate, value, warn, fail, outcome: "pass" | "warn" | "fail"}]
         scores {edges: inner edges, actual: [share], training: [share]} : one share more than there are edges.
         quarantine [{reason, rows}]
@@ -90,7 +92,10 @@ def render_scored(data: Data) -> str:
     outcomes = {gate.get("outcome") for gate in data.get("gates") or []}
     status = str(data.get("status") or "scored")
     failed = status == "failed" or "fail" in outcomes
-    keys = {"rows": "rows", "quarantined": "quarantined", "seconds": "seconds", "rows_per_s": "rows a second"}
+    keys = {
+        "rows": "rows", "quarantined": "quarantined", "seconds": "seconds since scoring began",
+        "rows_per_s": "rows a second until then",
+    }  # fmt: skip
     quarantine = {str(row["reason"]): row["rows"] for row in data.get("quarantine") or []}
     return _page(
         "scored.html.j2",
@@ -186,8 +191,6 @@ def _plot_history(history: Data) -> Markup | None:
 
 
 def _plot_scores(scores: Data) -> Markup | None:
-    from claydist.reporting.plots import plot_scores
-
     return plot_scores(scores) if scores.get("actual") else None
 
 

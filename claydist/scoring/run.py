@@ -172,7 +172,7 @@ class _Scoring:
             names = self.staging.names()
             is_open = each(lambda one: self._prepare(one, names), held)
             self._score([one for one, needed in zip(held, is_open, strict=True) if needed], names, publisher)
-            publisher.end(dates)
+            publisher.end()
 
     def _publisher(self) -> Publisher:
         scores = None
@@ -252,6 +252,8 @@ class _Scoring:
                         publisher.publish(one, names)
                 except ClaydistError as e:
                     one.failed(e)
+                seconds = time.monotonic() - began
+                publisher.report(one, seconds, self.n_scored / max(seconds, 1e-9))
 
         def done(index: int, scored: Scored) -> None:
             for folder, staged in scored.units:
@@ -267,6 +269,7 @@ class _Scoring:
         if not self.work.ready():
             self.display.say("the cluster is busy: no CPU is free; waiting for one, the date's lock is held meanwhile")
         self._begin("score")
+        began = time.monotonic()
         publish_ready()
         try:
             self.work.map(score_task, tasks, done)

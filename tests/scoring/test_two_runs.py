@@ -16,10 +16,8 @@ import sys, time
 from pathlib import Path
 from claydist.errors import ClaydistError
 from claydist.registry import open_registry
-from claydist.scoring import publisher
 from tests.scoring.support import Loop, make_spec, run_score
 folder, wait = Path(sys.argv[1]), sys.argv[2] == "wait"
-publisher.MOST_DATES = 0
 
 class Slow(Loop):
     def ready(self):
