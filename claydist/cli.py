@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from claydist import __version__
 from claydist.cluster import prepare_environment
 
 prepare_environment()
@@ -39,7 +40,6 @@ from claydist.registry_commands import models_app, report, runs_app  # noqa: E40
 app = typer.Typer(
     name="claydist", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train tabular models on a cluster, score tables every night and answer online, on Ray.",
 )  # fmt: skip
 app.add_typer(models_app, name="models")
 app.add_typer(runs_app, name="runs")
@@ -73,6 +73,21 @@ def _first_line(error: Exception) -> str:
 
 def _terminate(signum: int, frame: Any) -> None:
     raise Terminated
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"claydist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train tabular models on a cluster, score tables every night and answer online, on Ray."""
 
 
 @app.command()
@@ -118,9 +133,10 @@ def plan(
         raise typer.BadParameter("give a SPEC, or --schema")
     checked = load_spec(TrainSpec, spec, sets or ())
     from claydist.plan import make_plan, plan_table
+    from claydist.preparation import registry_of
 
     with _ray(address, verbose):
-        made = make_plan(checked)
+        made = make_plan(checked, registry_of(checked, registry))
     Output(as_json).result(made, plan_table(made))
 
 
@@ -302,6 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as e:
         if not hasattr(e, "format_message"):
             raise
-        output.error("UsageError", e.format_message())
+        if message := e.format_message():  # a group of commands alone has printed its help and has none
+            output.error("UsageError", message)
         code = SpecError.exit_code
     sys.exit(code or 0)
