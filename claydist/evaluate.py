@@ -161,7 +161,7 @@ def _outcome(plan: EvaluationPlan, table: pa.Table, where: str) -> tuple[Outcome
     quantiles = None
     if target.quantiles:
         quantiles = values.reshape(len(values), -1)
-        values = quantiles[:, int(np.argmin(np.abs(np.asarray(target.quantiles) - 0.5)))]
+        values = target.middle(quantiles)
     w = None
     if plan.weight is not None:
         w = native_values(table.column(plan.weight)).astype(np.float64)

@@ -287,7 +287,7 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
     if not plan.features or not rows[0]:
         return counted
     train = table if rows[0] == len(parts) else table.filter(pa.array(parts == 0))
-    return counted + _train_sums(plan, train, where)
+    return counted + _train_sums(plan, train)
 
 
 def _check_held_out(plan: PassPlan, table: pa.Table, where: str) -> None:
@@ -310,7 +310,7 @@ def _held_categories(plan: PassPlan, table: pa.Table) -> dict[str, frozenset[str
     return {name: frozenset(category_sums(text_values(table.column(name), name)).counts or ()) for name in columns}
 
 
-def _train_sums(plan: PassPlan, table: pa.Table, where: str) -> PassSums:
+def _train_sums(plan: PassPlan, table: pa.Table) -> PassSums:
     w = None
     if plan.roles.weight:
         w = native_values(table.column(plan.roles.weight)).astype(np.float64)

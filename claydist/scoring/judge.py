@@ -18,6 +18,7 @@ from claydist.dataset.shards import Piece
 from claydist.dataset.split import hash_values
 from claydist.display import Display, RowCount, Silent
 from claydist.errors import DataError
+from claydist.evaluate import ALL_ROWS
 from claydist.expressions import Expression, parse
 from claydist.labels import label_values
 from claydist.metrics import MetricSums, Outcome
@@ -28,9 +29,6 @@ from claydist.scoring.publish import look
 from claydist.scoring.readers import published_folders, read_folder
 from claydist.scoring.work import RayWork, Work
 from claydist.storage import Store, open_store
-
-ALL_ROWS = ""
-
 
 DATES_PER_TASK = 31
 
@@ -195,7 +193,7 @@ def _outcome(task: JudgeTask, scores: pa.Table, rows: pa.Table) -> Outcome:
     values = np.column_stack([scores.column(name).to_numpy() for name in names])
     quantiles = values if target.quantiles else None
     if target.quantiles:
-        values = values[:, int(np.argmin(np.abs(np.asarray(target.quantiles) - 0.5)))]
+        values = target.middle(values)
     elif target.task != "multiclass":
         values = values[:, 0]
     w = None if task.weight is None else native_values(rows.column(task.weight)).astype(np.float64)

@@ -88,7 +88,7 @@ def settle(output: Store, folder: str) -> None:
         _finish(output, folder, current.manifest)
 
 
-def parts(partition: Partition, staged: Sequence[Staged], run: str) -> list[dict[str, Any]]:
+def parts(staged: Sequence[Staged], run: str) -> list[dict[str, Any]]:
     """The published files as the manifest has them: those of units with a row, in the order of the input."""
     return [
         {"name": f"part-{unit.unit_id}-{run}.parquet", "unit": unit.unit_id, "rows": unit.stats.n_written,
