@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 630, 34, 248
-_LABEL_WIDTH = 52
-"""Room that the number at an edge needs; edges between two numbers have none."""
+_DIGIT = 7.5
+"""Width of a digit, of which the font leaves open what it is exactly."""
 
 _MOST_TICKS = 5
 _TITLE = "Share of scores by bin of the training scores"
@@ -56,12 +56,14 @@ def _bars(scores: Mapping[str, Sequence[float]], top: float) -> Iterator[str]:
 
 def _edges(edges: Sequence[float]) -> Iterator[str]:
     room = (_RIGHT - _LEFT) / (len(edges) + 1)
-    every = math.ceil(_LABEL_WIDTH / room)
-    for place, edge in enumerate(edges, start=1):
+    numbers = [f"{edge:.3g}" for edge in edges]
+    width = _DIGIT * max(map(len, numbers), default=0) + 10
+    every = math.ceil(width / room)
+    for place, number in enumerate(numbers, start=1):
         x = _LEFT + place * room
         yield f'<path d="M{x:.1f} {_BOTTOM}v4" stroke="var(--muted)"/>'
-        if place % every == 0 and x < _WIDTH - _LABEL_WIDTH / 2:
-            yield _text(x, _BOTTOM + 18, f"{edge:.3g}")
+        if place % every == 0 and x < _WIDTH - width / 2:
+            yield _text(x, _BOTTOM + 18, number)
 
 
 def _names() -> Iterator[str]:
