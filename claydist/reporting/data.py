@@ -58,12 +58,12 @@ def report_data(
             _profile_row(column, profiles[column.name], evaluations)
             for column in predictor.schema.columns if column.name in profiles
         ],
-        "stages": manifest["seconds"],
+        "rows": manifest["rows"], "stages": manifest["seconds"],
         "memory_mb": {"largest training worker": manifest["peak_mb"]},
         "notes": [*manifest["warnings"], *NOTES],
         "lineage": {
             "run": manifest["run"], "inventory": manifest["inventory"]["fingerprint"],
-            "input": ", ".join(manifest["spec"]["data"]["path"]), "rows": manifest["rows"],
+            "input": ", ".join(manifest["spec"]["data"]["path"]),
             "workers": manifest["workers"], "threads": manifest["threads"], "restarts": manifest["restarts"],
             "versions": manifest["versions"],
         },

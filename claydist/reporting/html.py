@@ -41,6 +41,7 @@ def render_report(data: Data) -> str:
         slices [{slice, rows, metrics: {metric: value}}]
         profile [{feature, type, nulls: share, mean, min, max, top: [[category, share]], psi_valid, psi_test}] : min
             and max may be text (dates); any key but feature may be absent.
+        rows {part: number of rows}
         stages {stage: seconds}, memory_mb {process: MB}
         notes [str] : what may differ on another run.
         lineage {name: value} : digest, inventory fingerprint, versions (a mapping), and the like.
@@ -66,6 +67,7 @@ def render_report(data: Data) -> str:
         coefficients=_coefficients(data.get("coefficients") or []),
         slices=_slices(data.get("slices") or []),
         profile=_profile(data.get("profile") or []),
+        rows={part: n for part, n in (data.get("rows") or {}).items() if n},
         stages=_bars(data.get("stages") or {}),
         memory=_bars(data.get("memory_mb") or {}),
         notes=data.get("notes") or [],

@@ -77,6 +77,7 @@ def report_of(task: str, name: str = "flight-delay") -> dict:
             {"feature": name, "type": "category", "nulls": 0.25, "top": [[name, 0.5]], "psi_valid": 0.3},
             {"feature": "day", "type": "numeric", "nulls": 0.0, "mean": 1.5, "min": 0, "max": 3, "psi_valid": 0.0},
         ],
+        "rows": {"train": 229213, "valid": 0, "test": 65411},
         "stages": {"training": 12.5, name: 0.25},
         "memory_mb": {"worker 0": 812.0},
         "notes": [name],
@@ -113,6 +114,7 @@ def test_a_full_report_is_well_formed_and_has_every_section(task):
     drawn = {"binary": 4, "multiclass": 1, "regression": 3, "ranking": 2}
     assert page.count("svg") == drawn[task]
     assert page.count("table") == page.count("caption")
+    assert "Rows: train 229,213, test 65,411" in page.text
     assert page.text.count("✗ missed") == 1
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
