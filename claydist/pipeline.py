@@ -85,12 +85,15 @@ def train(
     """
     registry.check_writable()
     clock = Clock(display, start_run(registry, "train", spec, spec.name))
+    if not resume:
+        display.run(clock.run.run_id)
     try:
         layout = plan_workers(spec)
         with clock.stage("inventory"):
             tables = open_tables(spec)
         resumed = _open_run(clock, spec, registry, tables, layout, resume=resume)
-        display.run(clock.run.run_id)
+        if resume:
+            display.run(clock.run.run_id)
         with clock.run.kept_alive(), _cache(clock.run, tables) as cache_dir:
             trained = _train(spec, registry, tables, layout, clock, cache_dir, promote=promote, resumed=resumed)
     except BaseException as e:

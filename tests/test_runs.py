@@ -131,8 +131,9 @@ def test_errors_are_lines_of_the_log_and_the_json_that_says_why_is_last(
         assert json.loads(last)["error"]["kind"] == "DataError"
         assert any(line.startswith("error: expected Parquet") for line in lines) == (not more)
     events = [json.loads(line) for line in lines]
-    assert [event["event"] for event in events] == ["stage", "error", "end"]
-    assert (events[1]["kind"], events[1]["stage"], events[1]["problems"]) == ("DataError", "inventory", [])
+    assert [event["event"] for event in events] == ["run", "stage", "error", "end"]
+    assert (events[2]["kind"], events[2]["stage"], events[2]["problems"]) == ("DataError", "inventory", [])
+    assert {event["run"] for event in events} == {list_runs(open_registry(str(tmp_path / "registry")))[-1].run_id}
     with pytest.raises(SystemExit):
         main(["train", str(tmp_path / "no.yaml"), "--log-json"])
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
