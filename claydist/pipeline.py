@@ -339,7 +339,7 @@ def _register(
 def _facts(result: TrainResult) -> dict[str, Any]:
     """What training says of itself, without the model."""
     facts = {k: v for k, v in result.outcome.items() if k not in ("model", "history")}
-    return {**facts, "trained_at": datetime.now(UTC).isoformat()}
+    return {**facts, "trained_at": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _profile(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def render_scored(data: Data) -> str:
         notes [str], lineage {name: value}
     """
     model = data.get("model") or {}
+    totals = {**data, "seconds": f"{data['seconds']:,.1f}"} if data.get("seconds") is not None else data
     outcomes = {gate.get("outcome") for gate in data.get("gates") or []}
     status = str(data.get("status") or "scored")
     failed = status == "failed" or "fail" in outcomes
@@ -106,7 +107,9 @@ def render_scored(data: Data) -> str:
         status=status.capitalize(),
         mood="bad" if failed else "warn" if "warn" in outcomes else "good" if status == "published" else "",
         why=data.get("why"),
-        totals=[(label, data[key]) for key, label in {**keys, "uri": "output"}.items() if data.get(key) is not None],
+        totals=[
+            (label, totals[key]) for key, label in {**keys, "uri": "output"}.items() if totals.get(key) is not None
+        ],
         gates=data.get("gates") or [],
         plot=_plot_scores(data.get("scores") or {}),
         quarantine=(_bars(quarantine) or {}).get("rows"),
@@ -248,11 +251,14 @@ def _importance(importance: Sequence[Data]) -> dict[str, Any] | None:
 
 def _coefficients(coefficients: Sequence[Data]) -> dict[str, Any] | None:
     columns = list(dict.fromkeys(key for row in coefficients for key in row if key != "feature"))
+    if "output" in columns and len({row.get("output") for row in coefficients}) == 1:
+        columns.remove("output")
     if not columns:
         return None
-    by_size = sorted(coefficients, key=lambda row: -abs(row.get(columns[0]) or 0.0))[:_MOST_PROFILED]
+    size = next((column for column in columns if column != "output"), columns[0])
+    by_size = sorted(coefficients, key=lambda row: -abs(row.get(size) or 0.0))[:_MOST_PROFILED]
     rows = [(row["feature"], [row.get(column) for column in columns]) for row in by_size]
-    caption = f"Largest {columns[0]} first{_more(coefficients, _MOST_PROFILED)}"
+    caption = f"Largest {size} first{_more(coefficients, _MOST_PROFILED)}"
     return {"caption": caption, "columns": columns, "rows": rows}
 
 

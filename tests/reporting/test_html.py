@@ -180,3 +180,18 @@ def test_a_scored_date_shows_its_gates_and_quarantine():
     assert "! warn" in page.text
     assert 'class="verdict warn"' in render_scored(SCORED)
     assert 'class="verdict bad"' in render_scored({**SCORED, "status": "failed"})
+
+
+def test_coefficients_are_in_the_order_of_their_size_and_a_single_output_is_not_named():
+    rows = [{"feature": f, "output": o, "standardised": s, "original": 1.0} for f, o, s in
+            (("a", 0, 0.5), ("b", 0, -2.0), ("c", 1, 1.0))]  # fmt: skip
+    several, single = (render_report({"coefficients": given}) for given in (rows, rows[:2]))
+    assert "Largest standardised first" in several
+    assert re.findall(r'<th scope="row">(.)</th>', several) == ["b", "c", "a"]
+    assert re.findall(r'<th scope="row">(.)</th>', single) == ["b", "a"]
+    assert ">output<" in several
+    assert ">output<" not in single
+
+
+def test_the_seconds_of_a_scored_date_are_tenths():
+    assert "12.3" in Page(render_scored({**SCORED, "seconds": 12.34})).text
