@@ -66,6 +66,6 @@ def plan_table(plan: dict[str, Any]) -> Table:
         ", ".join(f"{n:,}" for n in plan["shards"][:8]) + (" rows" if len(plan["shards"]) <= 8 else " ... rows"),
     )
     table.add_row("memory", f"about {plan['memory_mb_per_worker']:,} MB a worker")
-    champion = "no champion yet" if plan["champion"] is None else f"the champion is {plan['name']}:{plan['champion']}"
+    champion = "no champion yet" if plan["champion"] is None else f"champion {plan['name']}:{plan['champion']}"
     table.add_row("registry", f"{plan['registry']}, {champion}")
     return table
