@@ -103,7 +103,8 @@ def _range(column: Column, profile: ColumnProfile) -> dict[str, Any]:
         return {"type": column.describe()}
     if column.type in ("date", "timestamp"):
         unit: Any = "D" if column.type == "date" else "s"
-        text = [str(np.datetime_as_string(np.datetime64(int(ns), "ns"), unit=unit)) for ns in (mean * 1e9, low, high)]
+        times = np.array([mean * 1e9, low, high], np.int64).astype("datetime64[ns]")
+        text = [str(time).replace("T", " ") for time in np.datetime_as_string(times, unit=unit)]
         return {"type": column.describe(), **dict(zip(("mean", "min", "max"), text, strict=True))}
     if column.type == "boolean":
         return {"type": "boolean", "mean": mean, "min": bool(low), "max": bool(high)}
