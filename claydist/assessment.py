@@ -8,7 +8,8 @@ from typing import Any
 from claydist import cluster
 from claydist.bundle import read_bundle
 from claydist.dataset.footers import take_inventory
-from claydist.dataset.statistics import PassPlan, part_of, summarise
+from claydist.dataset.statistics import PassPlan, part_of, run_and_show, summarise
+from claydist.display import Display, Silent
 from claydist.errors import DataError
 from claydist.evaluate import EvaluationPlan, evaluate
 from claydist.expressions import parse
@@ -27,6 +28,7 @@ def evaluate_reference(
     where: str | None = None,
     slices: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Exact metrics of a version on all rows of some tables, as in the JSON of `evaluate`.
 
@@ -36,6 +38,8 @@ def evaluate_reference(
     ------
     DataError : when the tables lack the label or a feature, a label is null, or a node does not see a local file.
     """
+    shown = display or Silent()
+    shown.stage("inventory")
     check_paths(paths)
     found = registry.resolve(ref)
     bundle = read_bundle(found.store)
@@ -54,8 +58,14 @@ def evaluate_reference(
     asked = {**data, "path": list(paths), "where": where, "label": {**data["label"], "column": label}}
     roles = Roles((), label, weight, None, group, ())
     plan = PassPlan(inventory, DataSpec.model_validate(asked), roles, only="test")
-    part = part_of(summarise(plan, cluster.run_tasks), plan, "test")
-    evaluation = evaluate(EvaluationPlan(predictor, part, weight=weight, group=group, slices=tuple(slices)))
+    shown.stage("statistics")
+    part = part_of(summarise(plan, run_and_show(shown, plan.rows)), plan, "test")
+    shown.stage("evaluation")
+    evaluation = evaluate(
+        EvaluationPlan(predictor, part, weight=weight, group=group, slices=tuple(slices)),
+        run_and_show(shown, part.counts),
+    )
+    shown.done()
     return {
         "model": found.name, "version": found.version, "rows": evaluation.n_rows, "metrics": evaluation.metrics,
         "slices": evaluation.slices, "unseen": dict(evaluation.unseen),

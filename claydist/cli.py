@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from claydist import __version__
 from claydist.cluster import prepare_environment
 
 prepare_environment()
 
 # Ray reads its environment when it is imported, which the modules below may do.
-from claydist.display import display  # noqa: E402
+from claydist.display import display, json_lines  # noqa: E402
 from claydist.errors import ClaydistError, ClusterError, GoalsMissed, SpecError  # noqa: E402
 from claydist.output import (  # noqa: E402
     Address,
@@ -39,7 +40,6 @@ from claydist.registry_commands import models_app, report, runs_app  # noqa: E40
 app = typer.Typer(
     name="claydist", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train tabular models on a cluster, score tables every night and answer online, on Ray.",
 )  # fmt: skip
 app.add_typer(models_app, name="models")
 app.add_typer(runs_app, name="runs")
@@ -73,6 +73,21 @@ def _first_line(error: Exception) -> str:
 
 def _terminate(signum: int, frame: Any) -> None:
     raise Terminated
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"claydist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train tabular models on a cluster, score tables every night and answer online, on Ray."""
 
 
 @app.command()
@@ -118,9 +133,10 @@ def plan(
         raise typer.BadParameter("give a SPEC, or --schema")
     checked = load_spec(TrainSpec, spec, sets or ())
     from claydist.plan import make_plan, plan_table
+    from claydist.preparation import registry_of
 
     with _ray(address, verbose):
-        made = make_plan(checked)
+        made = make_plan(checked, registry_of(checked, registry))
     Output(as_json).result(made, plan_table(made))
 
 
@@ -170,6 +186,7 @@ def evaluate(
     registry: RegistryUrl = None,
     address: Address = None,
     verbose: Verbose = False,
+    log_json: LogJson = False,
 ) -> None:
     """Exact metrics of a model on a labelled table, or of published scores once their labels have arrived.
 
@@ -178,14 +195,15 @@ def evaluate(
     if scores and labels and not (ref or data or where):
         from claydist.scoring.judge import evaluate_scores
 
-        with _ray(address, verbose):
-            tree = evaluate_scores(scores, labels, slices=slices or ())
+        with _ray(address, verbose), display(log_json=log_json) as shown:
+            tree = evaluate_scores(scores, labels, slices=slices or (), display=shown)
     elif ref and data and not scores and not labels:
         from claydist.assessment import evaluate_reference
         from claydist.registry import open_registry
 
-        with _ray(address, verbose):
-            tree = evaluate_reference(ref, tuple(data), open_registry(registry), where=where, slices=slices or ())
+        with _ray(address, verbose), display(log_json=log_json) as shown:
+            opened = open_registry(registry)
+            tree = evaluate_reference(ref, tuple(data), opened, where=where, slices=slices or (), display=shown)
     else:
         raise typer.BadParameter("give REF --data URL [--where E], or --scores URL --labels URL")
     Output(as_json).result(tree, metrics_table({"all": tree["metrics"], **tree["slices"]}))
@@ -288,7 +306,8 @@ def _verdict(trained: Any) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the exit code of the command."""
     given = sys.argv[1:] if arguments is None else arguments
-    output = Output("--json" in given)
+    output = Output("--json" in given, log_json="--log-json" in given)
+    json_lines.cache_clear()
     try:
         code = app(args=given, standalone_mode=False)
     except ClaydistError as e:
@@ -305,6 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as e:
         if not hasattr(e, "format_message"):
             raise
-        output.error("UsageError", e.format_message())
+        if message := e.format_message():  # a group of commands alone has printed its help and has none
+            output.error("UsageError", message)
         code = SpecError.exit_code
     sys.exit(code or 0)

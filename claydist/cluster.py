@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -133,16 +135,33 @@ def _probe(address: str, *, was_found: bool) -> None:
 
 
 def _running_address() -> str | None:
-    """The address that `ray start` left behind on this machine; None where there is none, or `ray stop` came since.
+    """The address that `ray start` left behind on this machine; None where there is none, or nobody listens there.
 
-    Ray's own "auto" would also find the private cluster of another command, which ends with that command.
+    `ray stop` takes the address away, and a crash does not. Ray's own "auto" would also find the private cluster of
+    another command, which ends with that command.
     """
     from ray._private.services import find_bootstrap_address
 
     try:
-        return find_bootstrap_address(None) or None
+        address = find_bootstrap_address(None) or None
     except OSError:  # another user's, which we may not read
         return None
+    if address and _is_refused(address):
+        print(f"the cluster that `ray start` began at {address} is gone; `ray stop` forgets it", file=sys.stderr)
+        return None
+    return address
+
+
+def _is_refused(address: str) -> bool:
+    """True where the machine answers that nobody listens; one that does not answer may only be slow."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def nodes() -> list[Node]:
@@ -283,7 +302,7 @@ def run_tasks(
     Raises
     ------
     Whatever a task raised (claydist's own errors as they are), after the others were cancelled.
-    ClusterError : when workers died `max_retries` times on one item.
+    ClusterError : when workers died on one item more than `max_retries` times.
     """
     prepare_environment()
     import ray

@@ -1,6 +1,7 @@
 """What a person sees while a command works: one calm line on a terminal, plain lines elsewhere; all on stderr.
 
-Under `--log-json` it is one JSON object a line instead, for machines: time, event, run, stage, and what it says.
+Under `--log-json` it is one JSON object a line instead, for machines: time, event, run, stage, and what it says. The
+events are run, stage, message, progress, error and, after all others, end.
 """
 
 from __future__ import annotations
@@ -8,15 +9,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
+COUNT_EVERY_S = 0.2
+BAR_WIDTH = 10
 
 
 class Display(Protocol):
@@ -27,7 +33,11 @@ class Display(Protocol):
         ...
 
     def stage(self, name: str) -> None:
-        """A stage begins."""
+        """A stage begins; the one before has ended."""
+        ...
+
+    def done(self) -> None:
+        """The stage has ended, and what follows belongs to none."""
         ...
 
     def say(self, text: str) -> None:
@@ -47,6 +57,9 @@ class Silent:
 
     def stage(self, name: str) -> None:
         """Ignore the stage."""
+
+    def done(self) -> None:
+        """Ignore its end."""
 
     def say(self, text: str) -> None:
         """Ignore the text."""
@@ -69,6 +82,9 @@ class Plain:
     def stage(self, name: str) -> None:
         """Print that the stage begins."""
         self.say(f"{name} ...")
+
+    def done(self) -> None:
+        """Print nothing: the next line tells."""
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -100,6 +116,10 @@ class JsonLines:
         self._stage = name
         self._write("stage")
 
+    def done(self) -> None:
+        """Later lines are of no stage."""
+        self._stage = None
+
     def say(self, text: str) -> None:
         """Write the text."""
         self._write("message", message=text)
@@ -112,6 +132,14 @@ class JsonLines:
                 self._write("progress", message=board["text"], share=board.get("share"))
             for rank, word in sorted(board.get("workers", {}).items()):
                 self._write("progress", rank=rank, starts=board.get("starts", 1), work=dict(word))
+
+    def error(self, kind: str, message: str, problems: Sequence[str] = ()) -> None:
+        """Write what ends the command, with the run and stage it happened in."""
+        self._write("error", kind=kind, message=message, problems=list(problems))
+
+    def end(self) -> None:
+        """Write that nothing follows."""
+        self._write("end")
 
     def _write(self, event: str, **more: Any) -> None:
         now = datetime.now(UTC).isoformat()
@@ -135,9 +163,9 @@ class Terminal:
 
     def stage(self, name: str) -> None:
         """Close the stage before with its seconds, and begin this one."""
-        self.close()
+        self.done()
         self._name, self._began = name, time.monotonic()
-        self._task = self._progress.add_task(name, total=None)
+        self._task = self._progress.add_task(name, total=None, text="")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -148,9 +176,9 @@ class Terminal:
         text, share = describe(board)
         if self._task is not None and text:
             total = 1.0 if share is not None else None
-            self._progress.update(self._task, description=f"{self._name}  {text}", completed=share or 0, total=total)
+            self._progress.update(self._task, text=text, completed=share or 0, total=total)
 
-    def close(self) -> None:
+    def done(self) -> None:
         """Print the stage that ends, and take its bar away."""
         if self._task is not None:
             self._progress.remove_task(self._task)
@@ -159,20 +187,89 @@ class Terminal:
             self._console.print(f"[green]✓[/green] {self._name} [dim]{took:.1f} s[/dim]", highlight=False)
 
 
+@cache
+def json_lines() -> JsonLines:
+    """The log of this process: what ends a command is written with the run and stage that the command had come to."""
+    return JsonLines()
+
+
 @contextmanager
 def display(*, log_json: bool = False) -> Iterator[Plain | JsonLines | Terminal]:
     """A display that fits standard error, for the length of the block."""
     console = Console(stderr=True)
     if log_json:
-        yield JsonLines()
+        lines = json_lines()
+        yield lines
+        lines.end()
     elif not console.is_terminal:
         yield Plain()
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*_columns(), console=console, transient=True) as progress:
             shown = Terminal(console, progress)
             yield shown
-            shown.close()
+            shown.done()
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """What does not grow comes first: a narrow terminal cuts the end of the text, and nothing else."""
+    # Of a table too wide rich narrows the columns that may wrap before all others.
+    name, bar, elapsed = (Column(no_wrap=True) for _ in range(3))
+    return (
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=BAR_WIDTH, table_column=bar),
+        TimeElapsedColumn(table_column=elapsed),
+        _TextToTheEdge(),
+    )
+
+
+class _TextToTheEdge(ProgressColumn):
+    """The task's text on one line, as much of it as there is room for."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
+
+
+def with_restarts(display: Display) -> Callable[[Mapping[str, Any]], None]:
+    """`display.progress` of a board of workers, which also says each restart once."""
+    said = 1
+
+    def progress(board: Mapping[str, Any]) -> None:
+        nonlocal said
+        if (starts := board.get("starts", 1)) > said:
+            said = starts
+            display.say(f"workers failed and were started again (restart {said - 1})")
+        display.progress(board)
+
+    return progress
+
+
+class RowCount:
+    """How far a pass over rows has come, for the display: pieces of work done, time left, rows a second.
+
+    Parameters
+    ----------
+    n_rows, n_pieces : all that there is to do.
+    noun : what a piece is called, in the plural.
+    """
+
+    def __init__(self, display: Display, n_rows: int, n_pieces: int, noun: str) -> None:
+        self.display, self.n_rows, self.n_pieces, self.noun = display, n_rows, n_pieces, noun
+        self.rows = self.pieces = 0
+        self.began = time.monotonic()
+        self.shown = 0.0
+
+    def add(self, n_rows: int, n_pieces: int = 1) -> None:
+        """Count what is done, and show it now and then."""
+        self.rows += n_rows
+        self.pieces += n_pieces
+        now = time.monotonic()
+        if now - self.shown < COUNT_EVERY_S and self.pieces < self.n_pieces:
+            return
+        self.shown = now
+        speed = self.rows / max(now - self.began, 1e-9)
+        left = time_left((self.n_rows - self.rows) / max(speed, 1e-9))
+        text = f"{self.pieces:,} of {self.n_pieces:,} {self.noun}  {left}  {speed:,.0f} rows/s"
+        self.display.progress({"text": text, "share": self.rows / max(self.n_rows, 1)})
 
 
 def describe(board: Mapping[str, Any]) -> tuple[str, float | None]:
@@ -181,21 +278,25 @@ def describe(board: Mapping[str, Any]) -> tuple[str, float | None]:
         return str(board["text"]), board.get("share")
     words = list(board.get("workers", {}).values())
     if not words:
-        return "", None
+        return "starting workers", None
     word = min(words, key=_order)
-    n_restarts = board.get("starts", 1) - 1
-    again = f"  (restarted {'once' if n_restarts == 1 else f'{n_restarts} times'})" if n_restarts > 0 else ""
     if word["stage"] == "read":
         share = word["rows"] / max(word["of"], 1)
-        return f"reading {word['part']}: {word['rows']:,} of {word['of']:,} rows{again}", share
+        return f"reading {word['part']}: {word['rows']:,} of {word['of']:,} rows", share
     if word["stage"] in ("boost", "fit"):
-        values = ", ".join(f"{part} {value:.5g}" for part, value in word["values"].items())
         unit = "round" if word["stage"] == "boost" else "iteration"
-        text = f"{unit} {word['round']} of {word['of']}  {word['metric']}: {values}  {word['rows_per_s']:,.0f} rows/s"
-        if "eta_s" in word:
-            text += f"  {word['eta_s']:.0f} s left"
-        return text + again, word["round"] / word["of"]
-    return f"starting workers{again}", None
+        # The part that stops the training comes first.
+        values = [f"{part} {word['values'][part]:.5g}" for part in ("valid", "train") if part in word["values"]]
+        return "  ".join([
+            f"{unit} {word['round']} of {word['of']}", *([time_left(word["eta_s"])] if "eta_s" in word else ()),
+            f"{word['metric']} {', '.join(values)}", f"{word['rows_per_s']:,.0f} rows/s",
+        ]), word["round"] / word["of"]  # fmt: skip
+    return "starting workers", None
+
+
+def time_left(seconds: float) -> str:
+    """An estimate of the time that is left, as a person reads it."""
+    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 def _order(word: Mapping[str, Any]) -> tuple[int, float]:

@@ -80,6 +80,7 @@ class EvaluationPlan:
     depths : the k of ndcg@k and map@k.
     prior : the constant model, as `metrics.constant_outcome` takes it; None for no baseline.
     profile : the spec's part on columns, to profile the feature columns too.
+    origins : of the sketches of dates and timestamps in the profile to compare with, in seconds by column.
     cache_dir : where remote bytes are kept for later passes.
     """
 
@@ -91,6 +92,7 @@ class EvaluationPlan:
     depths: tuple[int, ...] = ()
     prior: tuple[float, ...] | None = None
     profile: DataSpec | None = None
+    origins: Mapping[str, float] = field(default_factory=dict)
     cache_dir: str | None = None
 
     @property
@@ -147,8 +149,9 @@ def evaluate_task(task: Task, plan: EvaluationPlan) -> Evaluation:
             baseline.add(constant_outcome(outcome, plan.predictor.task, plan.prior))
         if plan.profile is not None:
             for column in plan.predictor.schema.columns:
-                found = column_sums(column, table.column(column.name), outcome.w, plan.profile)
-                columns[column.name] = columns.get(column.name, ColumnSums()) + found
+                name, values = column.name, table.column(column.name)
+                found = column_sums(column, values, outcome.w, plan.profile, plan.origins.get(name, 0.0))
+                columns[name] = columns.get(name, ColumnSums()) + found
     return Evaluation(n_rows, sums, baseline, unseen, scores, columns)
 
 
@@ -158,7 +161,7 @@ def _outcome(plan: EvaluationPlan, table: pa.Table, where: str) -> tuple[Outcome
     quantiles = None
     if target.quantiles:
         quantiles = values.reshape(len(values), -1)
-        values = quantiles[:, int(np.argmin(np.abs(np.asarray(target.quantiles) - 0.5)))]
+        values = target.middle(quantiles)
     w = None
     if plan.weight is not None:
         w = native_values(table.column(plan.weight)).astype(np.float64)

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from claydist.display import json_lines
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 RegistryUrl = Annotated[str | None, typer.Option("--registry", help="URL of the registry.", show_default=False)]
 Address = Annotated[
@@ -24,23 +26,34 @@ LogJson = Annotated[bool, typer.Option("--log-json", help="Log one JSON object a
 
 @dataclass(frozen=True)
 class Output:
-    """Where a result goes: one JSON object on stdout, or text for a person."""
+    """Where a result goes: one JSON object on stdout, or text for a person.
+
+    Parameters
+    ----------
+    log_json : errors go to stderr as lines of the log, not as text.
+    """
 
     as_json: bool
+    log_json: bool = False
 
     def result(self, tree: Mapping[str, Any], text: Any = None) -> None:
         """Print the result: the tree as JSON, or the text (a string or something rich can draw)."""
         if self.as_json:
             print(json.dumps(tree, default=str, ensure_ascii=False), flush=True)
         elif text is not None:
-            Console(soft_wrap=True).print(text, highlight=False, markup=False)
+            # Names, paths and expressions are text, also within a table: brackets are no markup, nor `:1:` an emoji.
+            Console(soft_wrap=True, markup=False, emoji=False).print(text, highlight=False)
 
     def error(self, kind: str, message: str, problems: tuple[str, ...] = ()) -> None:
-        """Print an error: as JSON on stdout, or as the last lines on stderr."""
+        """Print an error: as the last lines on stderr, then as JSON on stdout, which so ends the log of a job."""
+        if self.log_json:
+            json_lines().error(kind, message, problems)
+            json_lines().end()
+        else:
+            print("\n".join([f"error: {message}", *(f"  - {p}" for p in problems)]), file=sys.stderr, flush=True)
         if self.as_json:
             tree = {"error": {"kind": kind, "message": message, "problems": list(problems)}}
             print(json.dumps(tree, ensure_ascii=False), flush=True)
-        print("\n".join([f"error: {message}", *(f"  - {p}" for p in problems)]), file=sys.stderr, flush=True)
 
 
 def metrics_table(parts: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -20,7 +20,8 @@ from claydist import cluster
 from claydist.bundle import golden_rows, read_bundle, write_bundle
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
-from claydist.display import Display
+from claydist.dataset.statistics import run_and_show
+from claydist.display import Display, with_restarts
 from claydist.errors import ClaydistError, DataError, RegistryError, TrainingError
 from claydist.evaluate import ALL_ROWS, Evaluation, EvaluationPlan, evaluate
 from claydist.memory import check_memory
@@ -42,18 +43,18 @@ class Clock:
     """Seconds by stage, and the run's file kept up to date with the stage."""
 
     display: Display
-    run: Run | None = None
+    run: Run
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block as this stage."""
         self.display.stage(name)
-        if self.run:
-            self.run = self.run.update(stage=name)
+        self.run = self.run.update(stage=name)
         began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self.display.done()
 
 
 @dataclass(frozen=True)
@@ -82,68 +83,88 @@ def train(
     ------
     ClaydistError : of the kind that says what is wrong; nothing is registered then.
     """
-    clock = Clock(display)
     registry.check_writable()
-    layout = plan_workers(spec)
-    with clock.stage("inventory"):
-        tables = open_tables(spec)
-    run, resumed = _open_run(spec, registry, tables, layout, display, resume=resume)
-    clock.run = run
-    display.run(run.run_id)
-    cache_dir = str(Path(gettempdir()) / f"claydist-{run.run_id}")
+    clock = Clock(display, start_run(registry, "train", spec, spec.name))
+    if not resume:
+        display.run(clock.run.run_id)
     try:
-        with run.kept_alive():
-            with clock.stage("statistics"):
-                check_shared(run.store)
-                if not layout.scales:
-                    # Tasks wait for a CPU without a word and without an end.
-                    cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
-                prepared = prepare(spec, tables, cache_dir)
-                # Parameters are checked before the memory, which is estimated by them.
-                job = _job(spec, prepared, run, cache_dir)
-                if not layout.scales:
-                    check_memory(spec, prepared, run.facts["layout"])
-            for warning in prepared.warnings:
-                display.say(warning)
-            with clock.stage("training"):
-                # A resumed run keeps its layout, which this cluster may not hold.
-                planned = cluster.plan_layout(
-                    cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
-                    autoscaler_cpus=cluster.autoscaler_cpus(),
-                )  # fmt: skip
-                cluster.wait_for_room(planned, spec.train.wait_s, display.say)
-                result = train_on_ray(job, spec.train, memory_bytes(spec), display.progress)
-            predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
-            with clock.stage("evaluation"):
-                evaluations = {
-                    name: evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir))
-                    for name in prepared.judged_parts
-                }
-                doubts = _doubts(result, evaluations)
-                for doubt in doubts:
-                    display.say(doubt)
-                goals = _judge(spec, evaluations)
-                champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir)
-            with clock.stage("registration"):
-                prepared = replace(prepared, warnings=(*prepared.warnings, *doubts))
-                trained = _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
-                                    promote, clock, resumed)  # fmt: skip
+        layout = plan_workers(spec)
+        with clock.stage("inventory"):
+            tables = open_tables(spec)
+        resumed = _open_run(clock, spec, registry, tables, layout, resume=resume)
+        if resume:
+            display.run(clock.run.run_id)
+        with clock.run.kept_alive(), _cache(clock.run, tables) as cache_dir:
+            trained = _train(spec, registry, tables, layout, clock, cache_dir, promote=promote, resumed=resumed)
     except BaseException as e:
         clock.run.fail(e)
         raise
-    finally:
-        if tables.is_remote:
-            with suppress(Exception):  # a node that is gone took its cache with it
-                cluster.run_on_every_node(_remove_folder, cache_dir)
     clock.run.finish(version=trained.version, promoted=trained.summary["promoted"])
     clean_runs(registry)
     return trained
 
 
+def _train(
+    spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, clock: Clock, cache_dir: str,
+    *, promote: bool, resumed: bool,
+) -> Trained:  # fmt: skip
+    display = clock.display
+    with clock.stage("statistics"):
+        check_shared(clock.run.store)
+        if not layout.scales:
+            # Tasks wait for a CPU without a word and without an end.
+            cluster.wait_for_room(cluster.Layout(1, 1), spec.train.wait_s, display.say)
+        prepared = prepare(spec, tables, cache_dir, display)
+        # Parameters are checked before the memory, which is estimated by them.
+        job = _job(spec, prepared, clock.run, cache_dir)
+        if not layout.scales:
+            check_memory(spec, prepared, clock.run.facts["layout"])
+    for warning in prepared.warnings:
+        display.say(warning)
+    with clock.stage("training"):
+        # A resumed run keeps its layout, which this cluster may not hold.
+        planned = cluster.plan_layout(
+            cluster.nodes(), job.n_workers, job.n_threads, memory_per_worker=memory_bytes(spec),
+            autoscaler_cpus=cluster.autoscaler_cpus(),
+        )  # fmt: skip
+        cluster.wait_for_room(planned, spec.train.wait_s, display.say)
+        result = train_on_ray(job, spec.train, memory_bytes(spec), with_restarts(display))
+    predictor = Predictor(prepared.plan, _model(result, spec, prepared), prepared.target, spec.data.offset)
+    with clock.stage("evaluation"):
+        evaluations = {
+            name: _evaluate(_evaluation_plan(predictor, prepared, spec, name, cache_dir), name, display)
+            for name in prepared.judged_parts
+        }
+        doubts = _doubts(result, evaluations)
+        for doubt in doubts:
+            display.say(doubt)
+        goals = _judge(spec, evaluations)
+        champion = _judge_champion(spec, registry, prepared, evaluations, cache_dir, display)
+    with clock.stage("registration"):
+        prepared = replace(prepared, warnings=(*prepared.warnings, *doubts))
+        return _register(spec, registry, prepared, job, result, predictor, evaluations, goals, champion,
+                         promote, clock, resumed)  # fmt: skip
+
+
+@contextmanager
+def _cache(run: Run, tables: Tables) -> Iterator[str]:
+    """The folder, on every node, where remote bytes of the run are kept; removed at the end."""
+    cache_dir = str(Path(gettempdir()) / f"claydist-{run.run_id}")
+    try:
+        yield cache_dir
+    finally:
+        if tables.is_remote:
+            with suppress(Exception):  # a node that is gone took its cache with it
+                cluster.run_on_every_node(_remove_folder, cache_dir)
+
+
 def _open_run(
-    spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, display: Display, *, resume: bool
-) -> tuple[Run, bool]:
-    """The run to go on with, or a new one, and which of the two; world size, threads, versions are frozen with it."""
+    clock: Clock, spec: TrainSpec, registry: Registry, tables: Tables, layout: cluster.Layout, *, resume: bool
+) -> bool:
+    """Go on with the clock's run, or with an unfinished one in its place, and say which of the two by True.
+
+    World size, threads and versions are frozen with the run.
+    """
     here = versions()
     if resume:
         found = find_unfinished(registry, "train", spec_digest(spec), tables.fingerprint)
@@ -154,14 +175,19 @@ def _open_run(
                 f"is gone counts as lost a minute later"
             )
         if found and found.facts.get("versions", here) != here:
-            display.say(f"run {found.run_id} was made with other versions of {_other(found, here)}; starting a new one")
+            clock.display.say(
+                f"run {found.run_id} was made with other versions of {_other(found, here)}; starting a new one"
+            )
         elif found and found.facts.get("layout"):
-            display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
-            return found.update(state="running", **process_facts()), True
+            clock.display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
+            begun, clock.run = clock.run, found.update(state="running", **process_facts())
+            begun.store.remove(recursive=True)
+            return True
         else:
-            display.say("no unfinished run of this spec and input; starting a new one")
-    run = start_run(registry, "train", spec, spec.name, tables.fingerprint)
-    return run.update(layout={"n_workers": layout.n_workers, "n_threads": layout.n_threads}, versions=here), False
+            clock.display.say("no unfinished run of this spec and input; starting a new one")
+    frozen = {"n_workers": layout.n_workers, "n_threads": layout.n_threads}
+    clock.run = clock.run.update(inventory=tables.fingerprint, layout=frozen, versions=here)
+    return False
 
 
 def _other(run: Run, here: Mapping[str, str]) -> str:
@@ -211,7 +237,12 @@ def _evaluation_plan(
     return EvaluationPlan(
         predictor, prepared.parts[name], weight=spec.data.weight, group=spec.data.group, slices=tuple(slices),
         depths=tuple(depths), prior=prepared.prior, profile=spec.data, cache_dir=cache_dir,
+        origins={name: profile.origin for name, profile in prepared.profiles.items()},
     )  # fmt: skip
+
+
+def _evaluate(plan: EvaluationPlan, name: str, display: Display) -> Evaluation:
+    return evaluate(plan, run_and_show(display, plan.part.counts, f"tasks of {name}"))
 
 
 def _judge(spec: TrainSpec, evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
@@ -246,6 +277,7 @@ def _judge_champion(
     prepared: Prepared,
     evaluations: Mapping[str, Evaluation],
     cache_dir: str,
+    display: Display,
 ) -> Champion:
     """The champion as it is now, judged on the candidate's test rows."""
     version = registry.alias_version(spec.name)
@@ -259,7 +291,8 @@ def _judge_champion(
             return Champion(version, objection="the champion predicts another label; promote by hand if it shall go")
         # The constant model and the profile are the candidate's: they need not fit the champion's classes and columns.
         plan = replace(_evaluation_plan(predictor, prepared, spec, "test", cache_dir), prior=None, profile=None)
-        return Champion(version, evaluate(plan).metrics.get(deciding_metric(spec.goals, ours.task)))
+        theirs_on_test = _evaluate(plan, "test by the champion", display)
+        return Champion(version, theirs_on_test.metrics.get(deciding_metric(spec.goals, ours.task)))
     except DataError:
         return Champion(version)  # trained on other columns, say: it cannot stand in the way
     except ClaydistError as e:
@@ -337,7 +370,7 @@ def _doubts(result: TrainResult, evaluations: Mapping[str, Evaluation]) -> list[
 def _facts(result: TrainResult) -> dict[str, Any]:
     """What training says of itself, without the model."""
     facts = {k: v for k, v in result.outcome.items() if k not in ("model", "history")}
-    return {**facts, "trained_at": datetime.now(UTC).isoformat()}
+    return {**facts, "trained_at": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _profile(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:

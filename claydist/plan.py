@@ -11,13 +11,14 @@ from claydist.dataset.shards import plan_shards
 from claydist.features import is_categorical
 from claydist.memory import estimate_mb
 from claydist.preparation import open_tables, plan_workers, split_plan
+from claydist.registry import Registry
 from claydist.schema import column_of, decide_roles
 from claydist.spec import TrainSpec
 from claydist.storage import redact
 
 
-def make_plan(spec: TrainSpec) -> dict[str, Any]:
-    """Files, rows, features, workers, shards and memory of a training, as a JSON-able mapping.
+def make_plan(spec: TrainSpec, registry: Registry) -> dict[str, Any]:
+    """Files, rows, features, workers, shards, memory and registry of a training, as a JSON-able mapping.
 
     Raises
     ------
@@ -45,6 +46,8 @@ def make_plan(spec: TrainSpec) -> dict[str, Any]:
         "threads": layout.n_threads,
         "shards": [sum(piece.stop - piece.start for piece in shard) for shard in shards],
         "memory_mb_per_worker": round(estimate_mb(spec, fields, inventory.n_rows, len(shards))),
+        "registry": registry.store.url,
+        "champion": registry.alias_version(spec.name),
     }  # fmt: skip
 
 
@@ -63,4 +66,6 @@ def plan_table(plan: dict[str, Any]) -> Table:
         ", ".join(f"{n:,}" for n in plan["shards"][:8]) + (" rows" if len(plan["shards"]) <= 8 else " ... rows"),
     )
     table.add_row("memory", f"about {plan['memory_mb_per_worker']:,} MB a worker")
+    champion = "no champion yet" if plan["champion"] is None else f"champion {plan['name']}:{plan['champion']}"
+    table.add_row("registry", f"{plan['registry']}, {champion}")
     return table

@@ -64,6 +64,10 @@ class Target:
             return values
         return values.max(axis=1) if self.task == "multiclass" else values[:, values.shape[1] // 2]
 
+    def middle(self, values: np.ndarray) -> np.ndarray:
+        """Of a model of quantiles (n_rows, n_quantiles) the output (n_rows,) that is nearest to the median."""
+        return values[:, int(np.argmin(np.abs(np.asarray(self.quantiles) - 0.5)))]
+
     def columns(self, values: np.ndarray) -> dict[str, pa.Array]:
         """The columns of a prediction from the model's values, in the order of `output_columns`."""
         if self.task == "binary":

@@ -16,7 +16,17 @@ from typing import Any
 from claydist import cluster
 from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.split import SplitPlan
-from claydist.dataset.statistics import PARTS, Part, PassPlan, PassSums, part_of, summarise
+from claydist.dataset.statistics import (
+    PARTS,
+    Part,
+    PassPlan,
+    PassSums,
+    first_times,
+    part_of,
+    run_and_show,
+    summarise,
+)
+from claydist.display import Display, Silent
 from claydist.errors import DataError, SpecError, StorageError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
@@ -139,7 +149,7 @@ def open_tables(spec: TrainSpec) -> Tables:
     return tables
 
 
-def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Prepared:
+def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None, display: Display | None = None) -> Prepared:
     """Everything that training is given, from one pass over the data.
 
     Parameters
@@ -151,7 +161,7 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     DataError : when the columns or rows are not what the spec says.
     SpecError : when parts of the spec do not fit the data's types.
     """
-    data, main = spec.data, tables.main
+    data, main, shown = spec.data, tables.main, display or Silent()
     where = ", ".join(map(redact, data.path))
     split = split_plan(spec)
     _check_expressions(spec, tables)
@@ -164,8 +174,9 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None) -> Pr
     for name, apart in tables.separate.items():
         _check_separate(apart, main, schema, roles, ", ".join(map(redact, getattr(spec.split, name).path)))
     plan = PassPlan(main, data, roles, tuple(features), split, cache_dir=cache_dir)
-    sums = summarise(plan, cluster.run_tasks)
-    parts, labels, held_out = _parts(spec, tables, plan, sums)
+    plan = replace(plan, origins=first_times(plan))
+    sums = summarise(plan, run_and_show(shown, plan.rows))
+    parts, labels, held_out = _parts(spec, tables, plan, sums, shown)
     if not parts["train"].n_rows:
         raise DataError("the split leaves no rows to train on; look at data.where and split")
     target = decide_target(spec, label, labels)
@@ -267,7 +278,7 @@ def _check_separate(there: Inventory, main: Inventory, schema: Schema, roles: Ro
 
 
 def _parts(
-    spec: TrainSpec, tables: Tables, plan: PassPlan, sums: PassSums
+    spec: TrainSpec, tables: Tables, plan: PassPlan, sums: PassSums, display: Display
 ) -> tuple[dict[str, Part], ColumnSums, dict[tuple[str, str], frozenset[str]]]:
     """The parts that exist, and over all of them the sums of the label and the held-out categories."""
     parts = {"train": part_of(sums, plan, "train")}
@@ -280,7 +291,7 @@ def _parts(
         there = sums
         if name in tables.separate:
             apart = replace(plan, inventory=tables.separate[name], split=None, only=name)
-            there = summarise(apart, cluster.run_tasks)
+            there = summarise(apart, run_and_show(display, apart.rows, f"tasks of {name}"))
             parts[name] = part_of(there, apart, name)
             labels = labels + there.labels
             held_out |= there.held_out

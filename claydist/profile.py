@@ -83,6 +83,7 @@ class ColumnSums:
     counts : rows by category; None where the column is a number.
     parts : moments by calendar part.
     sketch : of the finite values; None where the column is a category.
+    origin : what was taken off the values before they went into the sketch: seconds, of dates and timestamps.
     """
 
     n_rows: int = 0
@@ -95,6 +96,7 @@ class ColumnSums:
     counts: Counter[Any] | None = None
     parts: Mapping[str, Moments] = field(default_factory=dict)
     sketch: Sketch | None = None
+    origin: float = 0.0
 
     def __add__(self, other: ColumnSums) -> ColumnSums:
         return ColumnSums(
@@ -109,6 +111,7 @@ class ColumnSums:
             {part: self.parts.get(part, Moments()) + other.parts.get(part, Moments())
              for part in {**self.parts, **other.parts}},
             _either(self.sketch, other.sketch, lambda a, b: a + b),
+            self.origin if self.sketch is not None else other.origin,
         )  # fmt: skip
 
     def profile(self) -> ColumnProfile:
@@ -116,7 +119,7 @@ class ColumnSums:
         return ColumnProfile(
             self.n_rows, self.n_null, self.n_infinite, self.moments.mean, self.moments.variance,
             self.minimum, self.maximum, self.inexact_float32, None if self.counts is None else dict(self.counts),
-            {part: (m.mean, m.variance**0.5 or 1.0) for part, m in self.parts.items()}, self.sketch,
+            {part: (m.mean, m.variance**0.5 or 1.0) for part, m in self.parts.items()}, self.sketch, self.origin,
         )  # fmt: skip
 
 
@@ -135,6 +138,7 @@ class ColumnProfile:
     counts: Mapping[Any, int] | None = None
     parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     sketch: Sketch | None = None
+    origin: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The profile as it stands in profile.json; of the categories the most frequent."""
@@ -143,6 +147,7 @@ class ColumnProfile:
             top = sorted(self.counts.items(), key=lambda item: (-item[1], str(item[0])))[:TOP_CATEGORIES]
             return {**tree, "n_categories": len(self.counts), "top": [[value, n] for value, n in top]}
         tree |= {"mean": self.mean, "variance": self.variance, "min": self.minimum, "max": self.maximum}
+        tree |= {"origin": self.origin} if self.origin else {}
         return tree | {"sketch": self.sketch.to_json() if self.sketch else None}
 
 
@@ -171,16 +176,29 @@ def numeric_sums(values: np.ndarray, w: np.ndarray | None, *, sketch: bool = Tru
     return ColumnSums(n_rows, n_null, n_infinite, Moments.of(values, w), low, high, bool(inexact), sketch=summary)
 
 
-def time_sums(times: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray], per_s: int = NS) -> ColumnSums:
-    """Sums of timestamps: int64 with nulls, so many a second; minimum and maximum are exact, in nanoseconds."""
+def time_sums(
+    times: pa.Array, w: np.ndarray | None, parts: Mapping[str, np.ndarray], origin: float = 0.0, per_s: int = NS
+) -> ColumnSums:
+    """Sums of timestamps: int64 with nulls, so many a second; minimum and maximum are exact, in nanoseconds.
+
+    Parameters
+    ----------
+    origin : seconds near the times. A bucket of the sketch is as wide as 1/64 of a value: of seconds since 1970 that is
+        half a year, in which no drift would be seen.
+    """
     valid = times.is_valid().to_numpy(zero_copy_only=False)
     seconds = times.drop_null().to_numpy(zero_copy_only=False) / per_s
     weights = None if w is None else w[valid]
-    base = numeric_sums(seconds, weights)
+    base = numeric_sums(seconds, weights, sketch=False)
+    sketch = Sketch()
+    sketch.add(seconds - origin)
     limits = pc.min_max(times).as_py()
     low, high = (None if limits[end] is None else limits[end] * (NS // per_s) for end in ("min", "max"))
     moments = {part: Moments.of(values[valid], weights) for part, values in parts.items()}
-    return ColumnSums(len(times), times.null_count, 0, base.moments, low, high, parts=moments, sketch=base.sketch)
+    return ColumnSums(
+        len(times), times.null_count, 0, base.moments, low, high, parts=moments,
+        sketch=sketch if len(seconds) else None, origin=origin,
+    )  # fmt: skip
 
 
 def category_sums(text: pa.DictionaryArray) -> ColumnSums:

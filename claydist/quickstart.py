@@ -6,6 +6,7 @@ a Unicode category, a feature that drifts from day to day, and a label that depe
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -51,6 +52,7 @@ def run_quickstart(folder: Path, display: Display) -> Result:
     folder = folder.resolve()
     display.stage("table")
     write_table(folder / "parcels")
+    display.done()
     registry = open_registry(str(folder / "registry"))
     trained = {}
     for kind, model in MODELS.items():
@@ -149,7 +151,7 @@ def make_day(rng: np.random.Generator, day: date, number: int, n_rows: int) -> p
 
 def _table(trained: dict[str, Trained], champion: int | None) -> Table:
     names = ("auc", "average_precision", "logloss", "brier", "accuracy")
-    table = Table("parcel-late, on test", *names, "seconds")
+    table = Table("parcel-late, on test", *(name.replace("_", " ") for name in names), "seconds")
     for kind, t in trained.items():
         metrics, seconds = t.summary["metrics"]["test"], sum(t.summary["seconds"].values())
         mark = " (champion)" if t.version == champion else ""
@@ -169,14 +171,16 @@ def _first_rows(rows: pa.Table, day: date, n_rows: int = 3) -> Table:
 
 def _next_steps(folder: Path) -> str:
     registry = folder / "registry"
-    return "\n".join([
-        "Next:",
-        f"  claydist models list --registry {registry}",
-        f"  claydist models history parcel-late --registry {registry}",
-        f"  claydist report parcel-late --registry {registry}",
-        f"  claydist evaluate parcel-late --data {folder / 'parcels'} --where 'hours > 0' --registry {registry}",
-        f"  claydist plan {folder / 'xgboost.yaml'}",
-        f"  claydist train {folder / 'xgboost.yaml'} --set model.params.max_depth=8",
-        f"  claydist score {folder / 'score.yaml'} --from {FIRST_DAY}",
-        f"  claydist serve parcel-late --registry {registry}",
-    ])  # fmt: skip
+    commands = [
+        f"models list --registry {registry}",
+        f"models history parcel-late --registry {registry}",
+        f"report parcel-late --registry {registry}",
+        f"evaluate parcel-late --data {folder / 'parcels'} --where 'hours > 0' --registry {registry}",
+        f"plan {folder / 'xgboost.yaml'}",
+        f"train {folder / 'xgboost.yaml'} --set model.params.max_depth=8",
+        f"score {folder / 'score.yaml'} --from {FIRST_DAY}",
+        f"serve parcel-late --registry {registry}",
+    ]
+    # `uv run` says by UV that it runs us: without it the command is on no PATH.
+    claydist = "uv run claydist" if "UV" in os.environ else "claydist"
+    return "\n".join(["Next:", *(f"  {claydist} {command}" for command in commands)])

@@ -5,7 +5,7 @@ REGISTRY/
   <name>/<version>/reserved.json          who took the number; two trainers never take the same
   <name>/<version>/manifest.json, ...     the bundle; a version exists once its manifest is there
   <name>/_aliases/<alias>/000001.json     one move: when, from, to, why, by; the highest number is where the alias is
-  _runs/                                  of training; names that begin with `_` are not models
+  _runs/                                  of training and scoring; names that begin with `_` are not models
 ```
 """
 

@@ -95,22 +95,26 @@ def models_verify(ref: str, as_json: AsJson = False, registry: RegistryUrl = Non
 @runs_app.command("list")
 def runs_list(as_json: AsJson = False, registry: RegistryUrl = None) -> None:
     """All runs, the newest last. Example: `claydist runs list`."""
+    keys = ("id", "kind", "name", "stage", "started_at", "inventory", "error")
     rows = [
-        {"state": run.state, **{k: run.facts.get(k) for k in ("id", "kind", "name", "stage", "started_at", "error")}}
-        for run in list_runs(open_registry(registry))
+        {"state": run.state, **{key: run.facts.get(key) for key in keys}} for run in list_runs(open_registry(registry))
     ]
-    table = Table()
-    table.add_column("run", no_wrap=True)
-    for name in ("state", "stage", "error"):
-        table.add_column(name)
+    lines: list[tuple[Any, ...]] = [("run", "kind", "state", "stage", "started", "inventory")]
     for row in rows:
-        table.add_row(row["id"], row["state"], row["stage"], (row["error"] or "")[:80])
-    Output(as_json).result({"runs": rows}, table if rows else "no runs yet")
+        started = str(row["started_at"] or "")[:16].replace("T", " ")
+        lines.append((row["id"], row["kind"], row["state"], row["stage"], started, (row["inventory"] or "")[:8]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # An id must be copied whole: no table, which a narrow terminal would cut.
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    for at, row in reversed(list(enumerate(rows, start=1))):
+        if row["error"]:
+            text.insert(at + 1, f"  {row['error'].splitlines()[0][:200]}")
+    Output(as_json).result({"runs": rows}, "\n".join(text) if rows else "no runs yet")
 
 
 @runs_app.command("show")
 def runs_show(run_id: str, as_json: AsJson = False, registry: RegistryUrl = None) -> None:
-    """Everything known of a run. Example: `claydist runs show 20261122T2130-flight-delay-1a2b3c`."""
+    """Everything known of a run. Example: `claydist runs show 20261122T213000-flight-delay-1a2b3c`."""
     found = show_run(open_registry(registry), run_id)
     facts = {**found.facts, "state": found.state}
     Output(as_json).result(facts, json.dumps(facts, indent=1, ensure_ascii=False))

@@ -121,13 +121,15 @@ def _redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) and re.match(r"\s*[\w+.:-]+://", value) else value
 
 
-def start_run(registry: Registry, kind: str, spec: TrainSpec | ScoreSpec, name: str, inventory: str) -> Run:
-    """A new run, written down before it does anything.
+def start_run(
+    registry: Registry, kind: str, spec: TrainSpec | ScoreSpec, name: str, inventory: str | None = None
+) -> Run:
+    """A new run, written down before it does anything, so that a night that fails at its input is seen too.
 
     Parameters
     ----------
     kind : train or score.
-    inventory : fingerprint of the input.
+    inventory : fingerprint of the input, where it is known already; a run without one is never resumed.
     """
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{name}-{secrets.token_hex(3)}"

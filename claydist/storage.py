@@ -52,8 +52,8 @@ from claydist.files import (
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = ("file", "local")
 _INSTALL = {
-    **dict.fromkeys(("s3", "s3a"), "pip install 'claydist[s3]'"),
-    **dict.fromkeys(("gs", "gcs"), "pip install 'claydist[gcs]'"),
+    **dict.fromkeys(("s3", "s3a"), "pip install s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "pip install gcsfs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "pip install adlfs"),
 }
 # s3fs reads ahead 50 MB for every read by default; pyarrow asks for exactly the ranges that it needs.

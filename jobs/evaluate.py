@@ -1,6 +1,7 @@
-"""Evaluate a registered model on a labelled table, as a Ray job.
+r"""Evaluate a registered model on a labelled table, as a Ray job.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py flight-delay --data s3://tables/flights17 --json
+    ray job submit --working-dir jobs -- python evaluate.py flight-delay --data s3://tables/flights17 --json \
+        --registry s3://models/registry
 
 Takes the arguments of `claydist evaluate`. Inside a job paths must be absolute or storage URLs, also --registry.
 """

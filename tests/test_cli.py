@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,9 +17,11 @@ import typer
 import yaml
 from pydantic import TypeAdapter
 
+import claydist
 from claydist import pipeline
 from claydist.cli import app, main
-from claydist.spec import TrainSpec
+from claydist.spec import ScoreSpec, TrainSpec
+from claydist.specfile import load_spec
 from tests.checks import run_job
 from tests.tables import cut, make_table, spec_of, write_files
 
@@ -132,8 +135,11 @@ def test_a_version_lives_through_all_commands(
     second = run(["train", path, "--set", "model.rounds=1", "--json"], capfd)[1]
     assert (first["promoted"], second["promoted"]) == (True, False), "one round is worse than five"
     registry = ["--registry", spec["registry"], "--json"]
-    _, judged, _ = run(["evaluate", "parcels", "--data", spec["data"]["path"], "--where", "km > 50",
-                        "--slice", "express = true", *registry], capfd)  # fmt: skip
+    _, judged, err = run(["evaluate", "parcels", "--data", spec["data"]["path"], "--where", "km > 50",
+                          "--slice", "express = true", "--log-json", *registry], capfd)  # fmt: skip
+    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert [e["stage"] for e in events if e["event"] == "stage"] == ["inventory", "statistics", "evaluation"]
+    assert "statistics" in {e["stage"] for e in events if e["event"] == "progress"}
     assert {"model", "version", "rows", "metrics", "slices"} <= set(judged)
     assert judged["version"] == 1
     assert 0 < judged["slices"]["express = true"]["rows"] < judged["rows"] < 400
@@ -174,6 +180,7 @@ def test_plan_shows_what_training_would_do_and_writes_nothing(
     assert code == 0
     assert (tree["workers"], sum(tree["shards"]), tree["input"]["files"]) == (2, 400, 2)
     assert tree["features"]["city"] == "categorical"
+    assert (tree["registry"], tree["champion"]) == (spec["registry"], None)
     assert tree["memory_mb_per_worker"] > 0
     assert not Path(spec["registry"]).exists()
 
@@ -191,6 +198,44 @@ def test_a_process_of_its_own_ends_with_the_exit_code(tmp_path: Path) -> None:
     assert [p.partition(":")[0] for p in json.loads(done.stdout)["error"]["problems"]] == ["data", "model"]
     assert "Traceback" not in done.stderr
     assert "ray" not in done.stderr.lower(), "a spec that is wrong by itself needs no cluster"
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"claydist {claydist.__version__}\n")
+
+
+@pytest.mark.parametrize("given", [[], ["models"], ["runs"]])
+def test_a_group_of_commands_alone_prints_its_help_and_no_error(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "Usage" in out + err
+    assert "error:" not in err
+
+
+@pytest.mark.parametrize("name", ["train", "score", "evaluate"])
+def test_the_example_of_a_job_is_a_command_that_a_job_takes(name: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / "jobs" / f"{name}.py").read_text())) or ""
+    line = next(part for part in text.split("\n\n") if "ray job submit" in part).replace("\\\n", " ")
+    folder, command = re.fullmatch(r"\s*ray job submit --working-dir (\S+) -- python (.*)", line, re.DOTALL).groups()
+    script, *arguments = command.split()
+    assert script == f"{name}.py"
+    assert (ROOT / folder / script).exists()
+    given = typer.main.get_command(app).commands[name].make_context(name, list(arguments)).params
+    assert given["registry"].startswith("s3://")
+    if name != "evaluate":
+        kind, keys = {"train": (TrainSpec, ("data", "path")), "score": (ScoreSpec, ("input",))}[name]
+        spec = load_spec(kind, ROOT / folder / given["spec"], given["sets"])
+        places = spec
+        for key in keys:
+            places = getattr(places, key)
+        assert all(place.startswith("s3://") for place in places), "relative paths are refused in a job"
+        assert spec.registry is None, "it would come before CLAYDIST_REGISTRY"
 
 
 def test_every_command_of_the_design_that_exists_is_found() -> None:

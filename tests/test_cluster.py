@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -123,10 +124,40 @@ def written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_only_what_ray_start_left_is_joined_unasked(written: Path) -> None:
     assert _running_address() is None
-    written.write_text("127.0.0.1:6379\n")
-    assert _running_address() == "127.0.0.1:6379"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        written.write_text(f"{address}\n")
+        assert _running_address() == address
     written.write_text("")
     assert _running_address() is None
+
+
+def test_a_cluster_that_died_without_ray_stop_counts_as_absent(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+    written.write_text(address)
+    began: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(ray, "init", lambda *given, **_: began.append(given))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with cluster.connected():
+        assert began == [("local",)]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"the cluster that `ray start` began at {address} is gone; `ray stop` forgets it\n"
+    monkeypatch.setattr(cluster, "PROBE_S", 1.0)
+    for name in ("argument", "environment"):
+        if name == "environment":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(ClusterError, match=f"cannot reach Ray at {address}"),
+            cluster.connected(address if name == "argument" else None),
+        ):
+            raise AssertionError("it is asked for by name")
 
 
 @pytest.mark.parametrize(("address", "environment", "target", "was_found"), [
@@ -141,6 +172,7 @@ def test_a_cluster_that_was_found_is_asked_with_the_token_at_home(
 
     asked: list[tuple[str, bool]] = []
     written.write_text("127.0.0.1:6379")
+    monkeypatch.setattr(cluster, "_is_refused", lambda _: False)
     if environment is not None:
         monkeypatch.setenv("RAY_ADDRESS", environment)
     monkeypatch.setattr(cluster, "_probe", lambda target, *, was_found: asked.append((target, was_found)))

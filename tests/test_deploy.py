@@ -53,7 +53,8 @@ def _inside(tree: Any, key: str) -> Iterator[Any]:
 
 def _pods() -> list[dict[str, Any]]:
     """The pod specs of all manifests."""
-    return [template["spec"] for doc in _documents() for template in _inside(doc, "template") if "spec" in template]
+    keys = ("template", "submitterPodTemplate")
+    return [pod["spec"] for doc in _documents() for key in keys for pod in _inside(doc, key) if "spec" in pod]
 
 
 def _containers() -> list[dict[str, Any]]:
@@ -145,11 +146,27 @@ def test_one_image_of_this_version_everywhere():
 
 
 def test_containers_are_bounded_and_without_rights():
-    assert len(_containers()) == 9
+    assert len(_containers()) == 11
     for container in _containers():
         assert set(container["resources"]["limits"]) == {"cpu", "memory"}
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    assert all(pod["securityContext"]["runAsNonRoot"] for pod in _pods())
+    for pod in _pods():
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+def test_nothing_runs_outside_the_pods_that_are_written_here():
+    """KubeRay adds a submitter of its own to a job that has none, which a restricted namespace refuses."""
+    jobs = [doc["spec"] for doc in _documents("RayJob")] + [
+        doc["spec"]["jobTemplate"] for doc in _documents("RayCronJob")
+    ]
+    assert len(jobs) == 2
+    for job in jobs:
+        assert job["backoffLimit"] == 0, "a refused gate or a missed goal would be refused again"
+        submitter = job["submitterPodTemplate"]["spec"]
+        assert submitter["restartPolicy"] == "Never"
+        assert "command" not in submitter["containers"][0], "KubeRay fills it in"
+        assert {v["name"] for v in submitter["containers"][0]["env"]} == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
 
 
 def test_secrets_come_from_secrets_that_are_explained():

@@ -12,6 +12,7 @@ import typer
 import yaml
 
 import claydist
+from claydist import quickstart
 from claydist.cli import app
 from claydist.errors import ClaydistError, SpecError
 from claydist.reference import make_reference, put_reference
@@ -155,9 +156,29 @@ def test_yaml_blocks_are_valid_specs():
         load_spec(TrainSpec if "name" in block else ScoreSpec, block)
 
 
-def test_the_example_is_the_job():
-    shown = yaml.safe_load(_blocks("yaml")[0])
-    assert shown == yaml.safe_load((ROOT / "jobs" / "flights.yaml").read_text())
+def test_the_examples_are_the_specs_of_quickstart_and_of_the_job():
+    shown = [yaml.safe_load(block) for block in _blocks("yaml")]
+    place = Path("/srv/quickstart")
+    assert shown[0] == quickstart.spec_of(place, quickstart.MODELS["xgboost"])
+    assert shown[1] == quickstart.scoring_spec_of(place)
+    assert shown[2] == yaml.safe_load((ROOT / "jobs" / "flights.yaml").read_text())
+
+
+@pytest.mark.parametrize(("environment", "command"), [({}, "claydist"), ({"UV": "/bin/uv"}, "uv run claydist")])
+def test_what_quickstart_says_to_do_next_parses(environment, command, monkeypatch):
+    monkeypatch.delenv("UV", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    title, *lines = quickstart._next_steps(Path("/srv/quickstart")).splitlines()
+    assert title == "Next:"
+    assert len(lines) > 5
+    for line in lines:
+        words = shlex.split(line.removeprefix(f"  {command} "))
+        assert line.startswith(f"  {command} {words[0]}")
+        found = typer.main.get_command(app)
+        while hasattr(found, "commands"):
+            found, words = found.commands[words[0]], words[1:]
+        found.make_context(found.name, words)
 
 
 def test_python_blocks_are_python():

@@ -6,7 +6,7 @@ order of the input, so that mean and variance have the same bits on one node and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from claydist import cluster
 from claydist.arrays import beyond_nanoseconds, nanoseconds, native_values, text_values, whole_seconds
 from claydist.dataset.footers import Inventory
 from claydist.dataset.reader import Selection, read_parts
 from claydist.dataset.split import SplitPlan, hash_values
+from claydist.display import Display, RowCount
 from claydist.errors import DataError
 from claydist.features import is_categorical
 from claydist.profile import (
@@ -127,6 +129,7 @@ class PassPlan:
     features : columns to profile; none for an input that is only counted.
     only : the part that every row belongs to, of an input that is not split (`valid.path`, `test.path`).
     cache_dir : where remote bytes are kept for later passes.
+    origins : of `first_times`, by column.
     """
 
     inventory: Inventory
@@ -136,6 +139,7 @@ class PassPlan:
     split: SplitPlan | None = None
     only: str | None = None
     cache_dir: str | None = None
+    origins: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -144,18 +148,61 @@ class PassPlan:
         single = filter(None, (roles.label, roles.weight, roles.offset, roles.group))
         return list(dict.fromkeys([*(c.name for c in self.features), *single]))
 
+    @property
+    def rows(self) -> list[Sequence[int]]:
+        """Rows, by file and row group."""
+        return [entry.row_groups for entry in self.inventory.files]
+
 
 class Run(Protocol):
-    """Maps a function over tasks, results in order: `cluster.run_tasks`, or `run_here`."""
+    """Maps a function over tasks, results in order: `cluster.run_tasks`, `run_and_show`, or `run_here`."""
 
     def __call__(self, function: Callable[..., Any], items: Sequence[Any], shared: Any) -> Sequence[Any]:
         """Results of `function(item, shared)`."""
         ...
 
 
+def run_and_show(display: Display, rows: Sequence[Sequence[int]], noun: str = "tasks") -> Run:
+    """`cluster.run_tasks` for tasks of `plan_tasks`, which also shows how far they have come.
+
+    Parameters
+    ----------
+    rows : what the tasks were planned from.
+    noun : what the tasks are called, in the plural.
+    """
+
+    def run(function: Callable[..., Any], items: Sequence[Task], shared: Any) -> list[Any]:
+        count = RowCount(display, sum(map(sum, rows)), len(items), noun)
+
+        def done(index: int, _: Any) -> None:
+            count.add(sum(rows[file][group] for file, groups in items[index] for group in groups))
+
+        return cluster.run_tasks(function, items, shared, on_done=done)
+
+    return run
+
+
 def run_here(function: Callable[..., Any], items: Sequence[Any], shared: Any) -> list[Any]:
     """Results of the function over items, in this process."""
     return [function(item, shared) for item in items]
+
+
+def first_times(plan: PassPlan) -> dict[str, float]:
+    """Seconds since the epoch of the first training row, by date or timestamp; the origin of the sketches of times.
+
+    Every task must have the same one before the first row is summed, and the evaluation has it too.
+    """
+    names = [c.name for c in plan.features if c.type in ("date", "timestamp")]
+    for file, entry in enumerate(plan.inventory.files) if names else ():
+        groups = range(len(entry.row_groups))
+        for _, parts, table in read_parts(
+            plan.inventory, file, groups, names, plan.data.where, plan.split, cache_dir=plan.cache_dir
+        ):
+            if (parts == 0).any():
+                train = table.filter(pa.array(parts == 0))
+                found = {name: whole_seconds(train.column(name)).drop_null() for name in names}
+                return {name: float(seconds[0].as_py()) for name, seconds in found.items() if len(seconds)}
+    return {}
 
 
 def summarise(plan: PassPlan, run: Run) -> PassSums:
@@ -166,7 +213,7 @@ def summarise(plan: PassPlan, run: Run) -> PassSums:
     DataError : null labels, wrong weights or offsets, infinite values; with column and number.
     """
     result = PassSums()
-    for sums in run(sum_task, plan_tasks([entry.row_groups for entry in plan.inventory.files]), plan):
+    for sums in run(sum_task, plan_tasks(plan.rows), plan):
         result = result + sums
         _check_distinct(result)
     _check(result, plan)
@@ -252,7 +299,7 @@ def _batch_sums(plan: PassPlan, key: tuple[int, int], parts: np.ndarray, table: 
     if not plan.features or not rows[0]:
         return counted
     train = table if rows[0] == len(parts) else table.filter(pa.array(parts == 0))
-    return counted + _train_sums(plan, train, where)
+    return counted + _train_sums(plan, train)
 
 
 def _check_times(plan: PassPlan, table: pa.Table, where: str) -> None:
@@ -297,18 +344,27 @@ def _held_categories(plan: PassPlan, table: pa.Table) -> dict[str, frozenset[str
     return {name: frozenset(category_sums(text_values(table.column(name), name)).counts or ()) for name in columns}
 
 
-def _train_sums(plan: PassPlan, table: pa.Table, where: str) -> PassSums:
+def _train_sums(plan: PassPlan, table: pa.Table) -> PassSums:
     w = None
     if plan.roles.weight:
         w = native_values(table.column(plan.roles.weight)).astype(np.float64)
     label = table.column(plan.roles.label)
-    columns = {c.name: column_sums(c, table.column(c.name), w, plan.data) for c in plan.features}
+    columns = {
+        c.name: column_sums(c, table.column(c.name), w, plan.data, plan.origins.get(c.name, 0.0)) for c in plan.features
+    }
     numbers = _label_numbers(label, w, plan.data.label.above)
     return PassSums(label_numbers=numbers, label_weights=_label_weights(label, w), columns=columns)
 
 
-def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, data: DataSpec) -> ColumnSums:
-    """Sums of one feature column, by what the spec says it is; weighted with w (n_rows,) where given."""
+def column_sums(
+    column: Column, values: pa.ChunkedArray, w: np.ndarray | None, data: DataSpec, origin: float = 0.0
+) -> ColumnSums:
+    """Sums of one feature column, by what the spec says it is; weighted with w (n_rows,) where given.
+
+    Parameters
+    ----------
+    origin : of a date or timestamp, as `time_sums` takes it.
+    """
     if is_categorical(column, data):
         return category_sums(text_values(values, column.name))
     if column.type in ("timestamp", "date"):
@@ -317,11 +373,9 @@ def column_sums(column: Column, values: pa.ChunkedArray, w: np.ndarray | None, d
             p: native_values(_CALENDAR[p](cast)) for p in data.calendar.get(column.name, ())
         }
         # Parts alone are computed of a column with a calendar, and they have no years that are too far away.
-        return (
-            time_sums(whole_seconds(values), w, parts, 1)
-            if parts
-            else time_sums(nanoseconds(values, column.name), w, parts)
-        )
+        if parts:
+            return time_sums(whole_seconds(values), w, parts, origin, per_s=1)
+        return time_sums(nanoseconds(values, column.name), w, parts, origin)
     return numeric_sums(native_values(values), w)
 
 

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from claydist.evaluate import ALL_ROWS, Evaluation
 from claydist.predictor import Predictor
 from claydist.profile import ColumnProfile
 from claydist.reporting.curves import curves
+from claydist.schema import Column
 from claydist.sketch import drift, psi
 
 NOTES = (
@@ -51,13 +54,16 @@ def report_data(
             {"slice": name, "rows": values["rows"], "metrics": {k: v for k, v in values.items() if k != "rows"}}
             for name, values in manifest["slices"].items()
         ],
-        "profile": [_profile_row(name, profile, evaluations) for name, profile in profiles.items()],
-        "stages": manifest["seconds"],
+        "profile": [
+            _profile_row(column, profiles[column.name], evaluations)
+            for column in predictor.schema.columns if column.name in profiles
+        ],
+        "rows": manifest["rows"], "stages": manifest["seconds"],
         "memory_mb": {"largest training worker": manifest["peak_mb"]},
         "notes": [*manifest["warnings"], *NOTES],
         "lineage": {
             "run": manifest["run"], "inventory": manifest["inventory"]["fingerprint"],
-            "input": ", ".join(manifest["spec"]["data"]["path"]), "rows": manifest["rows"],
+            "input": ", ".join(manifest["spec"]["data"]["path"]),
             "workers": manifest["workers"], "threads": manifest["threads"], "restarts": manifest["restarts"],
             "versions": manifest["versions"],
         },
@@ -75,16 +81,31 @@ def profile_drift(expected: ColumnProfile, actual: ColumnProfile) -> float | Non
     return drift(expected.sketch, actual.sketch)
 
 
-def _profile_row(name: str, profile: ColumnProfile, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    rows = max(profile.n_rows, 1)
+def _profile_row(column: Column, profile: ColumnProfile, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    rows, name = max(profile.n_rows, 1), column.name
     row: dict[str, Any] = {"feature": name, "nulls": profile.n_null / rows}
     if profile.counts is not None:
         top = sorted(profile.counts.items(), key=lambda item: (-item[1], str(item[0])))[:5]
         row |= {"type": f"categorical ({len(profile.counts):,})", "top": [[str(v), n / rows] for v, n in top]}
     else:
-        row |= {"type": "numeric", "mean": profile.mean, "min": profile.minimum, "max": profile.maximum}
+        row |= _range(column, profile)
     for part in ("valid", "test"):
         if part in evaluations and name in evaluations[part].columns:
             found = profile_drift(profile, evaluations[part].columns[name].profile())
             row[f"psi_{part}"] = None if found is None or not math.isfinite(found) else found
     return row
+
+
+def _range(column: Column, profile: ColumnProfile) -> dict[str, Any]:
+    """Type, mean, least and greatest value of a column that is not categorical, as its values are written."""
+    mean, low, high = profile.mean, profile.minimum, profile.maximum
+    if low is None or high is None:
+        return {"type": column.describe()}
+    if column.type in ("date", "timestamp"):
+        unit: Any = "D" if column.type == "date" else "s"
+        times = np.array([mean * 1e9, low, high], np.int64).astype("datetime64[ns]")
+        text = [str(time).replace("T", " ") for time in np.datetime_as_string(times, unit=unit)]
+        return {"type": column.describe(), **dict(zip(("mean", "min", "max"), text, strict=True))}
+    if column.type == "boolean":
+        return {"type": "boolean", "mean": mean, "min": bool(low), "max": bool(high)}
+    return {"type": "numeric", "mean": mean, "min": low, "max": high}

@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from claydist.reporting.score_bars import plot_scores
+
 Data = Mapping[str, Any]
 
 # Beyond these a report takes longer than a minute to read and a megabyte to hold.
@@ -39,6 +41,7 @@ def render_report(data: Data) -> str:
         slices [{slice, rows, metrics: {metric: value}}]
         profile [{feature, type, nulls: share, mean, min, max, top: [[category, share]], psi_valid, psi_test}] : min
             and max may be text (dates); any key but feature may be absent.
+        rows {part: number of rows}
         stages {stage: seconds}, memory_mb {process: MB}
         notes [str] : what may differ on another run.
         lineage {name: value} : digest, inventory fingerprint, versions (a mapping), and the like.
@@ -64,6 +67,7 @@ def render_report(data: Data) -> str:
         coefficients=_coefficients(data.get("coefficients") or []),
         slices=_slices(data.get("slices") or []),
         profile=_profile(data.get("profile") or []),
+        rows={part: n for part, n in (data.get("rows") or {}).items() if n},
         stages=_bars(data.get("stages") or {}),
         memory=_bars(data.get("memory_mb") or {}),
         notes=data.get("notes") or [],
@@ -80,17 +84,21 @@ def render_scored(data: Data) -> str:
         name str, date str : what was scored.
         status str : published, failed, ...; why str : its reason.
         model {name, version, digest, kind, task}
-        rows int, quarantined int, seconds float, rows_per_s float, uri str
+        rows int, quarantined int, uri str; seconds float, rows_per_s float : of the run until this date was done.
         gates [{gate, value, warn, fail, outcome: "pass" | "warn" | "fail"}]
         scores {edges: inner edges, actual: [share], training: [share]} : one share more than there are edges.
         quarantine [{reason, rows}]
         notes [str], lineage {name: value}
     """
     model = data.get("model") or {}
+    totals = {**data, "seconds": f"{data['seconds']:,.1f}"} if data.get("seconds") is not None else data
     outcomes = {gate.get("outcome") for gate in data.get("gates") or []}
     status = str(data.get("status") or "scored")
     failed = status == "failed" or "fail" in outcomes
-    keys = {"rows": "rows", "quarantined": "quarantined", "seconds": "seconds", "rows_per_s": "rows a second"}
+    keys = {
+        "rows": "rows", "quarantined": "quarantined", "seconds": "seconds since scoring began",
+        "rows_per_s": "rows a second until then",
+    }  # fmt: skip
     quarantine = {str(row["reason"]): row["rows"] for row in data.get("quarantine") or []}
     return _page(
         "scored.html.j2",
@@ -99,7 +107,9 @@ def render_scored(data: Data) -> str:
         status=status.capitalize(),
         mood="bad" if failed else "warn" if "warn" in outcomes else "good" if status == "published" else "",
         why=data.get("why"),
-        totals=[(label, data[key]) for key, label in {**keys, "uri": "output"}.items() if data.get(key) is not None],
+        totals=[
+            (label, totals[key]) for key, label in {**keys, "uri": "output"}.items() if totals.get(key) is not None
+        ],
         gates=data.get("gates") or [],
         plot=_plot_scores(data.get("scores") or {}),
         quarantine=(_bars(quarantine) or {}).get("rows"),
@@ -186,8 +196,6 @@ def _plot_history(history: Data) -> Markup | None:
 
 
 def _plot_scores(scores: Data) -> Markup | None:
-    from claydist.reporting.plots import plot_scores
-
     return plot_scores(scores) if scores.get("actual") else None
 
 
@@ -243,11 +251,14 @@ def _importance(importance: Sequence[Data]) -> dict[str, Any] | None:
 
 def _coefficients(coefficients: Sequence[Data]) -> dict[str, Any] | None:
     columns = list(dict.fromkeys(key for row in coefficients for key in row if key != "feature"))
+    if "output" in columns and len({row.get("output") for row in coefficients}) == 1:
+        columns.remove("output")
     if not columns:
         return None
-    by_size = sorted(coefficients, key=lambda row: -abs(row.get(columns[0]) or 0.0))[:_MOST_PROFILED]
+    size = next((column for column in columns if column != "output"), columns[0])
+    by_size = sorted(coefficients, key=lambda row: -abs(row.get(size) or 0.0))[:_MOST_PROFILED]
     rows = [(row["feature"], [row.get(column) for column in columns]) for row in by_size]
-    caption = f"Largest {columns[0]} first{_more(coefficients, _MOST_PROFILED)}"
+    caption = f"Largest {size} first{_more(coefficients, _MOST_PROFILED)}"
     return {"caption": caption, "columns": columns, "rows": rows}
 
 

@@ -16,13 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Stand-ins that matplotlib draws with, and what the page puts in their place.
-_INK, _MUTED, _GRID, _FIRST, _SECOND = "#010203", "#010204", "#010205", "#010206", "#010207"
+_INK, _MUTED, _GRID, _FIRST = "#010203", "#010204", "#010205", "#010206"
 _COLOURS = {
     _INK: "currentColor",
     _MUTED: "var(--muted)",
     _GRID: "var(--grid)",
     _FIRST: "var(--first)",
-    _SECOND: "var(--second)",
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -128,23 +127,6 @@ def plot_deciles(bins: Mapping[str, Sequence[float]]) -> Markup:
     return _svg(
         "deciles", "Observed by predicted, in tenths of the rows", draw, "mean prediction", "mean label", square=True
     )
-
-
-def plot_scores(scores: Mapping[str, Sequence[float]]) -> Markup:
-    """SVG of the shares of scores by bin of the training scores, beside those of training."""
-
-    def draw(ax: Axes) -> None:
-        places = np.arange(len(scores["actual"]))
-        for shift, key, colour in ((-0.2, "training", _MUTED), (0.2, "actual", _FIRST)):
-            label = "training" if key == "training" else "this date"
-            ax.bar(places + shift, scores[key], width=0.36, color=colour, label=label)
-        names = [f"{edge:.3g}" for edge in scores["edges"]]
-        ax.set_xticks(places[1:] - 0.5, names)
-        ax.set_ylim(0, 1.25 * max([*scores["training"], *scores["actual"], 1e-9]))
-        ax.grid(visible=False, axis="x")
-        ax.legend(ncols=2)
-
-    return _svg("scores", "Share of scores by bin of the training scores", draw, "score", "share of rows")
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -27,7 +27,6 @@ SCAN_HERE_ROWS = 10_000_000
 """Date columns of so many rows in local files are read in less time than processes take to start."""
 
 _ISO = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)")
-_NO_DATE = np.iinfo(np.int32).min
 _EPOCH = date(1970, 1, 1).toordinal()
 
 Day = date | None

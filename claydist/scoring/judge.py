@@ -16,7 +16,9 @@ from claydist.dataset.footers import Inventory, take_inventory
 from claydist.dataset.reader import read_pieces
 from claydist.dataset.shards import Piece
 from claydist.dataset.split import hash_values
+from claydist.display import Display, RowCount, Silent
 from claydist.errors import DataError
+from claydist.evaluate import ALL_ROWS
 from claydist.expressions import Expression, parse
 from claydist.labels import label_values
 from claydist.metrics import MetricSums, Outcome
@@ -27,9 +29,6 @@ from claydist.scoring.publish import look
 from claydist.scoring.readers import published_folders, read_folder
 from claydist.scoring.work import RayWork, Work
 from claydist.storage import Store, open_store, redact
-
-ALL_ROWS = ""
-
 
 DATES_PER_TASK = 31
 
@@ -74,6 +73,7 @@ def evaluate_scores(
     slices: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     work: Work | None = None,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Exact metrics of published scores on the rows that have a label, over all dates and by date.
 
@@ -95,6 +95,8 @@ def evaluate_scores(
     ------
     DataError : when nothing is published, the labels lack a column, or a key stands in them or in the scores twice.
     """
+    shown = display or Silent()
+    shown.stage("inventory")
     urls = [labels] if isinstance(labels, str) else list(labels)
     check_paths([scores_url, *urls])
     work = work or RayWork()
@@ -105,7 +107,14 @@ def evaluate_scores(
     inventory = take_inventory(urls, options=storage_options, types=_key_types(first), run=work.map)
     _check_labels(inventory, first, target, slices, ", ".join(map(redact, urls)))
     tasks = _tasks(output, manifests, first, target, inventory, tuple(slices), work)
-    results: list[list[Judged]] = work.map(judge_task, tasks)
+    shown.stage("evaluation")
+    count = RowCount(shown, sum(manifest["rows"] for _, _, manifest in manifests.values()), len(manifests), "dates")
+
+    def done(_: int, judged: Sequence[Judged]) -> None:
+        count.add(sum(one.sums[ALL_ROWS].n_rows + one.unlabelled for one in judged), len(judged))
+
+    results: list[list[Judged]] = work.map(judge_task, tasks, done)
+    shown.done()
     folders = [folder for task in tasks for folder in task.folders]
     return _summary(folders, [one for judged in results for one in judged], manifests)
 
@@ -184,7 +193,7 @@ def _outcome(task: JudgeTask, scores: pa.Table, rows: pa.Table) -> Outcome:
     values = np.column_stack([scores.column(name).to_numpy() for name in names])
     quantiles = values if target.quantiles else None
     if target.quantiles:
-        values = values[:, int(np.argmin(np.abs(np.asarray(target.quantiles) - 0.5)))]
+        values = target.middle(values)
     elif target.task != "multiclass":
         values = values[:, 0]
     w = None if task.weight is None else native_values(rows.column(task.weight)).astype(np.float64)

@@ -17,7 +17,7 @@ from claydist.scoring.choice import DateRun
 from claydist.scoring.dates import DateRule, parse_day
 from claydist.scoring.gates import judge_gates, reasons, too_many
 from claydist.scoring.manifest import Manifest, parts, quarantine_files
-from claydist.scoring.reports import MOST_DATES, write_report
+from claydist.scoring.reports import write_report
 from claydist.scoring.staging import Staged, Staging
 from claydist.scoring.units import UnitStats
 from claydist.scoring.worker import ModelFiles
@@ -88,16 +88,30 @@ class Publisher:
             self._scores[one.day] = stats.scores
         one.ended("published", one.current.damage, manifest)
 
-    def end(self, dates: Sequence[DateRun]) -> None:
-        """Write the pages of few dates, say what gates warned of, and remove what was replaced or left behind."""
-        scored = [one for one in dates if one.partition is not None and one.folder in self._stats]
-        for one in scored if len(scored) <= MOST_DATES else ():
-            one.report = write_report(self.output, one.folder, self._facts(one), self._stats[one.folder], self.training)
+    def report(self, one: DateRun, seconds: float, rows_per_s: float) -> None:
+        """Write the page of a date that was published or refused.
+
+        Parameters
+        ----------
+        seconds, rows_per_s : of the run's scoring until now.
+        """
+        stats = self._stats.get(one.folder)
+        if stats is None:
+            return
+        facts = {**self._facts(one), "seconds": round(seconds, 1), "rows_per_s": round(rows_per_s)}
+        try:
+            one.report = write_report(self.output, one.folder, facts, stats, self.training)
+        # Whatever is wrong with a page is no reason for a published date to fail, nor for those after it.
+        except Exception as e:
+            self._warnings.append(f"{one.folder}: its report could not be written: {type(e).__name__}: {e}")
+
+    def end(self) -> None:
+        """Say what gates warned of, and remove what was replaced or left behind."""
         for text in self._warnings[:MOST_WARNINGS]:
             self.display.say(text)
         if len(self._warnings) > MOST_WARNINGS:
             n_more = len(self._warnings) - MOST_WARNINGS
-            self.display.say(f"... and {n_more} more warnings of gates; every manifest has those of its date")
+            self.display.say(f"... and {n_more} more warnings; those of gates are in the manifest of their date")
         publish.sweep(self.output, self._replaced)
         Staging(self.output).clean_abandoned()
 

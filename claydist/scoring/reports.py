@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from claydist.errors import StorageError
 from claydist.scoring.units import UnitStats
 from claydist.sketch import Sketch
 from claydist.storage import Store
 
 FOLDER = "_reports"
-MOST_DATES = 7
-"""A run of more dates writes no pages: drawing one takes as long as scoring a small date."""
-
 _N_BINS = 20
 
 
 def write_report(
     output: Store, folder: str, facts: Mapping[str, Any], stats: UnitStats, training: Sketch | None
-) -> str | None:
-    """URL of the page, or None when it cannot be written, which is no reason for a published date to fail.
+) -> str:
+    """URL of the page.
 
     Parameters
     ----------
     facts : as `reporting.html.render_scored` takes them; counts and scores are added here.
+
+    Raises
+    ------
+    StorageError : when it cannot be written.
     """
     from claydist.reporting.html import render_scored
 
@@ -35,10 +35,7 @@ def write_report(
         "notes": [f"{n:,} values of {name} were not seen in training" for name, n in stats.unseen.items()],
     }  # fmt: skip
     place = output.join(FOLDER, f"{folder}.html")
-    try:
-        place.write(render_scored(data).encode())
-    except StorageError:
-        return None
+    place.write(render_scored(data).encode())
     return place.url
 
 

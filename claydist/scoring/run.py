@@ -10,17 +10,16 @@ from typing import Any
 
 from claydist.bundle import Bundle, read_bundle
 from claydist.dataset.footers import Inventory
-from claydist.display import Display
+from claydist.display import Display, RowCount
 from claydist.errors import ClaydistError, DataError, Locked, SpecError
 from claydist.preparation import check_paths
-from claydist.registry import Registry
+from claydist.registry import Registry, Resolved
 from claydist.runs import clean_runs, start_run
 from claydist.scoring import checks
 from claydist.scoring.choice import Choice, DateRun, ScoreSummary, count_statuses, decide
 from claydist.scoring.dates import DateRule, folder_of, only_files
 from claydist.scoring.input import DateInput, find_input
 from claydist.scoring.lock import Lease, Owner
-from claydist.scoring.progress import Board
 from claydist.scoring.publish import check_place, look, settle
 from claydist.scoring.publisher import Publisher
 from claydist.scoring.records import COMMITS
@@ -87,14 +86,16 @@ class _Scoring:
         if self.rule is None and (self.choice.date or self.choice.start or self.choice.stop):
             raise SpecError("dates are asked for and the spec has no `date`; name the column that holds a row's date")
         check_paths([*self.spec.input, self.spec.output])
-        self._begin("plan")
-        self.bundle = self._load()
-        dates = self._plan()
-        inputs = inputs_digest(one.partition for one in dates if one.partition is not None)
-        self.run = start_run(self.registry, "score", self.spec, self.model.name, inputs)
+        found = self.registry.resolve(self.spec.model)
+        self.run = start_run(self.registry, "score", self.spec, found.name)
         self.display.run(self.run.run_id)
         try:
             with self.run.kept_alive():
+                self._begin("plan")
+                self.bundle = self._load(found)
+                dates = self._plan()
+                planned = (one.partition for one in dates if one.partition is not None)
+                self.run = self.run.update(inventory=inputs_digest(planned))
                 self._work_on(dates)
                 self._clean_withdrawn(dates)
         except BaseException as e:
@@ -112,9 +113,11 @@ class _Scoring:
         self.stage = (stage, now)
         if stage:
             self.display.stage(stage)
+            self.run = self.run.update(stage=stage)
+        else:
+            self.display.done()
 
-    def _load(self) -> Bundle:
-        found = self.registry.resolve(self.spec.model)
+    def _load(self, found: Resolved) -> Bundle:
         bundle = read_bundle(found.store)
         files = self.work.share(bundle.predictor.to_files())
         self.model = ModelFiles(found.name, found.version, bundle.digest, files)
@@ -199,7 +202,7 @@ class _Scoring:
             names = self.staging.names()
             is_open = each(lambda one: self._prepare(one, names), held)
             self._score([one for one, needed in zip(held, is_open, strict=True) if needed], names, publisher)
-            publisher.end(dates)
+            publisher.end()
 
     def _look(self, one: DateRun) -> None:
         try:
@@ -286,7 +289,8 @@ class _Scoring:
         by_folder, queue = {one.folder: one for one in dates}, list(dates)
         if n_found := sum(len(one.staged) for one in dates):
             self.display.say(f"{n_found} units were scored by an earlier run; going on with what is missing")
-        board = Board(self.display, tasks)
+        rows = [sum(work.unit.n_rows for work in task.works) for task in tasks]
+        count = RowCount(self.display, sum(rows), sum(len(task.works) for task in tasks), "units")
 
         def publish_ready() -> None:
             # In the order of dates, so that the drift from the last date is the same however tasks end.
@@ -299,6 +303,8 @@ class _Scoring:
                         self.staging.clean(one.planned, one.staged.values(), one.run, names)
                 except ClaydistError as e:
                     one.failed(e)
+                seconds = time.monotonic() - began
+                publisher.report(one, seconds, self.n_scored / max(seconds, 1e-9))
 
         def done(index: int, scored: Scored) -> None:
             for folder, staged in scored.units:
@@ -307,13 +313,14 @@ class _Scoring:
             if scored.error is not None:
                 for work in tasks[index].works:
                     by_folder[work.partition.folder].failed(scored.error)
-            board.advance(tasks[index])
+            count.add(rows[index], len(tasks[index].works))
             publish_ready()
 
         self._begin("start workers")
         if not self.work.ready():
             self.display.say("the cluster is busy: no CPU is free; waiting for one, the date's lock is held meanwhile")
         self._begin("score")
+        began = time.monotonic()
         publish_ready()
         try:
             self.work.map(score_task, tasks, done)

@@ -78,10 +78,10 @@ class Staging:
         """The units of a date that are done, by id."""
         known = set(names)
         wanted = [u.unit_id for u in partition.units if partition.name(u.unit_id, run) in known]
-        found = each(lambda unit: self._look(partition, unit, run, known), wanted)
+        found = each(lambda unit: self._look(partition, unit, run), wanted)
         return {staged.unit_id: staged for staged in found if staged is not None}
 
-    def _look(self, partition: Partition, unit: str, run: str, known: set[str]) -> Staged | None:
+    def _look(self, partition: Partition, unit: str, run: str) -> Staged | None:
         """A staged unit by its file; None when the file cannot be read, so that it is scored again."""
         quarantine = partition.quarantine_name(unit, run)
         try:

@@ -64,8 +64,10 @@ def measure(place: Path, kind: str, n_workers: int, depth: int) -> tuple[float, 
         "model": model, "train": {"workers": n_workers, "cpus_per_worker": 1},
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trained = train(spec, open_registry(folder), Silent())
-    return make_plan(spec)["memory_mb_per_worker"], trained.summary["peak_mb"]
+        registry = open_registry(folder)
+        trained = train(spec, registry, Silent())
+        planned = make_plan(spec, registry)
+    return planned["memory_mb_per_worker"], trained.summary["peak_mb"]
 
 
 def main() -> None:

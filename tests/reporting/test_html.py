@@ -77,6 +77,7 @@ def report_of(task: str, name: str = "flight-delay") -> dict:
             {"feature": name, "type": "category", "nulls": 0.25, "top": [[name, 0.5]], "psi_valid": 0.3},
             {"feature": "day", "type": "numeric", "nulls": 0.0, "mean": 1.5, "min": 0, "max": 3, "psi_valid": 0.0},
         ],
+        "rows": {"train": 229213, "valid": 0, "test": 65411},
         "stages": {"training": 12.5, name: 0.25},
         "memory_mb": {"worker 0": 812.0},
         "notes": [name],
@@ -113,6 +114,7 @@ def test_a_full_report_is_well_formed_and_has_every_section(task):
     drawn = {"binary": 4, "multiclass": 1, "regression": 3, "ranking": 2}
     assert page.count("svg") == drawn[task]
     assert page.count("table") == page.count("caption")
+    assert "Rows: train 229,213, test 65,411" in page.text
     assert page.text.count("✗ missed") == 1
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -178,3 +180,18 @@ def test_a_scored_date_shows_its_gates_and_quarantine():
     assert "! warn" in page.text
     assert 'class="verdict warn"' in render_scored(SCORED)
     assert 'class="verdict bad"' in render_scored({**SCORED, "status": "failed"})
+
+
+def test_coefficients_are_in_the_order_of_their_size_and_a_single_output_is_not_named():
+    rows = [{"feature": f, "output": o, "standardised": s, "original": 1.0} for f, o, s in
+            (("a", 0, 0.5), ("b", 0, -2.0), ("c", 1, 1.0))]  # fmt: skip
+    several, single = (render_report({"coefficients": given}) for given in (rows, rows[:2]))
+    assert "Largest standardised first" in several
+    assert re.findall(r'<th scope="row">(.)</th>', several) == ["b", "c", "a"]
+    assert re.findall(r'<th scope="row">(.)</th>', single) == ["b", "a"]
+    assert ">output<" in several
+    assert ">output<" not in single
+
+
+def test_the_seconds_of_a_scored_date_are_tenths():
+    assert "12.3" in Page(render_scored({**SCORED, "seconds": 12.34})).text

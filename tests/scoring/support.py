@@ -58,10 +58,18 @@ class Loop:
 
 
 class Saying(Silent):
-    """Keeps what was said."""
+    """Keeps what was said, the stages and the progress."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.stages: list[str] = []
+        self.boards: list[dict[str, Any]] = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def progress(self, board: Mapping[str, Any]) -> None:
+        self.boards.append(dict(board))
 
     def say(self, text: str) -> None:
         self.said.append(text)

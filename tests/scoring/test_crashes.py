@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import claydist.storage
 from claydist.alive import Renewed
 from claydist.errors import ClaydistError, StorageError
-from claydist.scoring import publish, publisher, swap
+from claydist.scoring import publish, swap
 from claydist.scoring.readers import read_scores
 from claydist.storage import open_store
 from tests.scoring.support import (
@@ -80,7 +80,6 @@ def bomb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bomb]:
     ):  # fmt: skip
         monkeypatch.setattr(module, name, armed.wrap(getattr(module, name), is_output))
     monkeypatch.setattr(publish, "GRACE_S", 0.0)
-    monkeypatch.setattr(publisher, "MOST_DATES", 0)
     # A crash ends the lease's owner; here its process lives on, and only the lease's end tells.
     leave = Renewed.__exit__
 
@@ -171,7 +170,6 @@ def _look(output: Path, versions: list[pa.Table]) -> None:
 def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Bomb]]:
     """An output in memory, which behaves as an object store; every change of it goes through the bomb."""
     url, armed = f"memory://{uuid.uuid4().hex}", Bomb()
-    monkeypatch.setattr(publisher, "MOST_DATES", 0)
 
     def is_output(_: Any, path: str, *__: Any) -> bool:
         return "/out" in path

@@ -15,6 +15,7 @@ from claydist.scoring.readers import read_scores
 from claydist.storage import open_store
 from tests.scoring.support import (
     Loop,
+    Saying,
     make_predictor,
     make_registry,
     make_spec,
@@ -138,3 +139,14 @@ def test_labels_that_do_not_fit(
 def test_nothing_published(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing is published"):
         evaluate_scores(str(tmp_path / "out"), str(tmp_path / "labels.parquet"), work=Loop())
+
+
+def test_how_far_it_has_come_is_shown(tmp_path: Path) -> None:
+    scores = score_days(tmp_path)
+    labels = pa.table({"id": scores.column("id"), "late": make_labels(scores, "binary"), "dt": scores.column("dt")})
+    pq.write_table(labels, tmp_path / "labels.parquet")
+    shown = Saying()
+    evaluate_scores(str(tmp_path / "out"), str(tmp_path / "labels.parquet"), work=Loop(), display=shown)
+    assert shown.stages == ["inventory", "evaluation"]
+    assert shown.boards[-1]["share"] == 1.0
+    assert shown.boards[-1]["text"].startswith("2 of 2 dates  ")

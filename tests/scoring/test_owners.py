@@ -21,7 +21,7 @@ import pytest
 
 from claydist.errors import ClaydistError, DataError, Locked
 from claydist.runs import list_runs
-from claydist.scoring import publish, publisher, records
+from claydist.scoring import publish, records
 from claydist.scoring.publish import QUARANTINE, look
 from claydist.scoring.readers import read_scores
 from claydist.storage import Store, open_store
@@ -78,7 +78,6 @@ def reach(step: str) -> None:
 def _steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step says when it is reached."""
     monkeypatch.setattr(publish, "GRACE_S", 0.0)
-    monkeypatch.setattr(publisher, "MOST_DATES", 0)
 
     def around(place: Any, name: str, before: str = "", after: str = "", of: str = "") -> None:
         real = getattr(place, name)

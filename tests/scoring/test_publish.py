@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from claydist.errors import DataError, Locked, StorageError
-from claydist.scoring import publish, publisher, records, swap
+from claydist.scoring import publish, records, swap
 from claydist.scoring.judge import evaluate_scores
 from claydist.scoring.manifest import PROTOCOL, is_ours
 from claydist.scoring.publish import look, settle
@@ -41,7 +41,6 @@ DAY = FIRST.isoformat()
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "GRACE_S", 0.0)
-    monkeypatch.setattr(publisher, "MOST_DATES", 0)
 
 
 @pytest.fixture

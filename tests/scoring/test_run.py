@@ -53,11 +53,9 @@ DAYS = [(FIRST + timedelta(days=n)).isoformat() for n in range(3)]
 
 
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """No grace for readers that there are none of, and pages only where they are looked at."""
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No grace for readers that there are none of."""
     monkeypatch.setattr(publish, "GRACE_S", 0.0)
-    if "quarantine" not in request.node.name:
-        monkeypatch.setattr(publisher, "MOST_DATES", 0)
 
 
 def files_of(output: Path, day: str) -> list[Path]:
@@ -773,3 +771,38 @@ def test_reading_scores_that_are_not_there(tmp_path: Path) -> None:
         read_scores(str(tmp_path / "out"))
     with pytest.raises(SpecError, match="expected a date"):
         read_scores(str(tmp_path / "out"), "tomorrow")
+
+
+def test_every_date_has_its_page_right_after_it_is_published(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "registry")
+    write_days(tmp_path / "in", n_days=9)
+    pages: list[list[str]] = []
+
+    class Looks(Loop):
+        def map(self, function: Any, items: Any, on_done: Any = None) -> list[Any]:
+            def done(index: int, result: Any) -> None:
+                on_done(index, result)
+                pages.append(sorted(path.name for path in (tmp_path / "out" / "_reports").iterdir()))
+
+            return super().map(function, items, done if on_done else None)
+
+    summary = run_score(make_spec(tmp_path), registry, Looks())
+    days = [(FIRST + timedelta(days=n)).isoformat() for n in range(9)]
+    assert pages == [[f"dt={day}.html" for day in days[: n + 1]] for n in range(9)]
+    page = Path(summary.summary["dates"][8]["report"]).read_text()
+    assert "seconds since scoring began" in page
+    assert "rows a second until then" in page
+
+
+def test_a_page_that_cannot_be_drawn_is_no_reason_for_a_date_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> str:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(publisher, "write_report", broken)
+    write_days(tmp_path / "in", n_days=2)
+    said = Saying()
+    summary = run_score(make_spec(tmp_path), make_registry(tmp_path / "registry"), display=said)
+    assert statuses(summary) == {DAYS[0]: "published", DAYS[1]: "published"}
+    assert f"dt={DAYS[0]}: its report could not be written: ValueError: broken" in said.said
