@@ -31,7 +31,16 @@ from claydist.preparation import Prepared, Tables, check_shared, memory_bytes, o
 from claydist.registry import Registry
 from claydist.reporting.data import report_data
 from claydist.reporting.html import render_report
-from claydist.runs import Run, clean_runs, find_unfinished, process_facts, public_spec, spec_digest, start_run
+from claydist.runs import (
+    RESUMABLE_S,
+    Run,
+    clean_runs,
+    find_unfinished,
+    process_facts,
+    public_spec,
+    spec_digest,
+    start_run,
+)
 from claydist.spec import TrainSpec, XGBoostSpec
 from claydist.training.driver import TrainResult, train_on_ray
 from claydist.training.goals import decide_promotion, deciding_metric, judge
@@ -155,7 +164,7 @@ def _cache(run: Run, tables: Tables) -> Iterator[str]:
     finally:
         if tables.is_remote:
             with suppress(Exception):  # a node that is gone took its cache with it
-                cluster.run_on_every_node(_remove_folder, cache_dir)
+                cluster.run_on_every_node(_remove_cache, cache_dir)
 
 
 def _open_run(
@@ -218,8 +227,13 @@ def _job(spec: TrainSpec, prepared: Prepared, run: Run, cache_dir: str) -> Train
     )
 
 
-def _remove_folder(path: str) -> None:
+def _remove_cache(path: str) -> None:
+    """Remove a run's cache on this node, and those that killed drivers have left long ago."""
     shutil.rmtree(path, ignore_errors=True)
+    for other in Path(path).parent.glob("claydist-[0-9]*T[0-9]*-*"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > RESUMABLE_S:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _model(result: TrainResult, spec: TrainSpec, prepared: Prepared) -> Model:

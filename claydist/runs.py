@@ -23,7 +23,9 @@ from claydist.storage import Store, redact
 FOLDER = "_runs"
 FILE = "run.json"
 LEASE = "lease.json"
-KEEP_FINISHED = 100
+KEEP_ENDED = 100
+RESUMABLE_S = 14 * 24 * 3600.0
+"""What `--resume` goes on from is kept for so long after a run has failed, was stopped or lost."""
 # How a run goes about its work; a run may be resumed under others of these.
 _OPERATIONAL = {"max_failures", "timeout_s", "wait_s", "checkpoint_s"}
 
@@ -78,10 +80,14 @@ class Run:
     def finish(self, **facts: Any) -> Run:
         """The run after it ended well; checkpoints and Ray Train's own files are removed."""
         run = self.update(state="finished", ended_at=_now(), **facts)
+        run.strip()
+        return run
+
+    def strip(self) -> None:
+        """Remove all but what says what the run was."""
         for name in self.store.list():
             if name != FILE:
                 self.store.join(name).remove(recursive=True)
-        return run
 
     def fail(self, error: BaseException) -> Run:
         """The run after it ended badly; its checkpoints stay, for `--resume`."""
@@ -178,9 +184,18 @@ def find_unfinished(registry: Registry, kind: str, digest: str, inventory: str) 
 
 
 def clean_runs(registry: Registry) -> None:
-    """Remove the oldest finished runs beyond KEEP_FINISHED."""
-    finished = [run for run in list_runs(registry) if run.facts["state"] == "finished"]
-    for run in finished[:-KEEP_FINISHED]:
+    """Remove the oldest ended runs beyond KEEP_ENDED, and checkpoints of those that nobody resumed in RESUMABLE_S."""
+    now = datetime.now(UTC)
+    ended = []
+    for run in list_runs(registry):
+        age = (now - datetime.fromisoformat(str(run.facts["updated_at"]))).total_seconds()
+        if run.facts["state"] == "finished":
+            ended.append(run)
+        elif age > RESUMABLE_S and run.state != "running":
+            ended.append(run)
+            with suppress(StorageError):
+                run.strip()
+    for run in ended[:-KEEP_ENDED]:
         with suppress(StorageError):  # another run may tidy up at the same moment
             run.store.remove(recursive=True)
 

@@ -44,7 +44,7 @@ def test_a_live_run_is_not_resumed(spec: TrainSpec) -> None:
 def test_tidying_up_goes_on_when_another_was_faster(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = open_registry(None, spec.registry)
     made = [start_run(registry, "train", spec, spec.name, str(i)).finish() for i in range(3)]
-    monkeypatch.setattr(runs, "KEEP_FINISHED", 1)
+    monkeypatch.setattr(runs, "KEEP_ENDED", 1)
     monkeypatch.setattr(runs, "list_runs", lambda _: made)
     made[0].store.remove(recursive=True)
     clean_runs(registry)

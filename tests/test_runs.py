@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from claydist.cli import main
 from claydist.display import Silent
 from claydist.errors import DataError
 from claydist.registry import open_registry
-from claydist.runs import find_unfinished, list_runs, public_spec, spec_digest, start_run
+from claydist.runs import RESUMABLE_S, clean_runs, find_unfinished, list_runs, public_spec, spec_digest, start_run
 from claydist.spec import ScoreSpec, TrainSpec
 from claydist.specfile import load_spec
 from tests.scoring.support import Loop, make_registry, make_spec, run_score, write_days
@@ -138,3 +140,36 @@ def test_errors_are_lines_of_the_log_and_the_json_that_says_why_is_last(
         main(["train", str(tmp_path / "no.yaml"), "--log-json"])
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(event["event"], event["stage"]) for event in events] == [("error", None), ("end", None)]
+
+
+def test_what_a_run_could_be_resumed_from_is_kept_for_two_weeks(tmp_path: Path) -> None:
+    registry = open_registry(str(tmp_path / "registry"))
+    spec = train_spec()
+
+    def left(state: str, days: float, **facts: Any) -> str:
+        run = start_run(registry, "train", spec, spec.name, "x").update(state=state, **facts)
+        run.store.join("checkpoint.json").write(b"{}")
+        then = datetime.now(UTC) - timedelta(days=days)
+        run.store.join("run.json").write(json.dumps({**run.facts, "updated_at": then.isoformat()}).encode())
+        return run.run_id
+
+    gone = "gone/boot/pid:[1]"
+    old = {left("failed", 15), left("interrupted", 20), left("running", 15, host=gone)}
+    young = {left("failed", 13), left("running", 1, host=gone), left("running", 15)}  # the last is this process
+    clean_runs(registry)
+    runs = {run.run_id: run for run in list_runs(registry)}
+    assert set(runs) == old | young
+    assert {name for name, run in runs.items() if run.store.join("checkpoint.json").exists()} == young
+    assert RESUMABLE_S == 14 * 86400
+
+
+def test_caches_that_killed_drivers_left_are_removed_with_the_own_one(tmp_path: Path) -> None:
+    names = ["claydist-20260101T000000-a-1a2b3c", "claydist-20260102T000000-b-1a2b3c", "claydist-benchmark", "other"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in (names[1], *names[2:]):
+        os.utime(tmp_path / name, (0, 0))
+    young = tmp_path / "claydist-20260103T000000-c-1a2b3c"
+    young.mkdir()
+    pipeline._remove_cache(str(tmp_path / names[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "claydist-benchmark", "other"]
