@@ -189,7 +189,7 @@ def _open_run(
             )
         elif found and found.facts.get("layout"):
             clock.display.say(f"resuming run {found.run_id}, which came to {found.facts['stage']}")
-            begun, clock.run = clock.run, found.update(state="running", **process_facts())
+            begun, clock.run = clock.run, found.update(state="running", error=None, ended_at=None, **process_facts())
             begun.store.remove(recursive=True)
             return True
         else:

@@ -188,20 +188,17 @@ def run_here(function: Callable[..., Any], items: Sequence[Any], shared: Any) ->
 
 
 def first_times(plan: PassPlan) -> dict[str, float]:
-    """Seconds since the epoch of the first training row, by date or timestamp; the origin of the sketches of times.
+    """Seconds since the epoch of the first row that counts, by date or timestamp; the origin of the sketches of times.
 
     Every task must have the same one before the first row is summed, and the evaluation has it too.
     """
     names = [c.name for c in plan.features if c.type in ("date", "timestamp")]
     for file, entry in enumerate(plan.inventory.files) if names else ():
         groups = range(len(entry.row_groups))
-        for _, parts, table in read_parts(
-            plan.inventory, file, groups, names, plan.data.where, plan.split, cache_dir=plan.cache_dir
-        ):
-            if (parts == 0).any():
-                train = table.filter(pa.array(parts == 0))
-                found = {name: whole_seconds(train.column(name)).drop_null() for name in names}
-                return {name: float(seconds[0].as_py()) for name, seconds in found.items() if len(seconds)}
+        rows = read_parts(plan.inventory, file, groups, names, plan.data.where, cache_dir=plan.cache_dir)
+        for _, _, table in rows:
+            found = {name: whole_seconds(table.column(name)).drop_null() for name in names}
+            return {name: float(seconds[0].as_py()) for name, seconds in found.items() if len(seconds)}
     return {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from claydist.arrays import NS
 from claydist.evaluate import ALL_ROWS, Evaluation
 from claydist.predictor import Predictor
 from claydist.profile import ColumnProfile
@@ -103,7 +104,8 @@ def _range(column: Column, profile: ColumnProfile) -> dict[str, Any]:
         return {"type": column.describe()}
     if column.type in ("date", "timestamp"):
         unit: Any = "D" if column.type == "date" else "s"
-        times = np.array([mean * 1e9, low, high], np.int64).astype("datetime64[ns]")
+        # Nanoseconds would not hold every year.
+        times = np.array([int(mean), low // NS, high // NS], np.int64).astype("datetime64[s]")
         text = [str(time).replace("T", " ") for time in np.datetime_as_string(times, unit=unit)]
         return {"type": column.describe(), **dict(zip(("mean", "min", "max"), text, strict=True))}
     if column.type == "boolean":

@@ -138,7 +138,7 @@ class DateRun:
 
     def ended(self, status: Status, reason: str = "", manifest: Mapping[str, Any] | None = None) -> None:
         """Set what became of the date."""
-        self.status, self.reason = status, reason
+        self.status, self.reason, self.error = status, reason, None
         if manifest is not None:
             self.n_rows, self.n_quarantined = manifest["rows"], manifest["quarantined"]
 
@@ -152,8 +152,8 @@ class DateRun:
 
     def failed(self, error: ClaydistError) -> None:
         """Set why the date cannot be published."""
-        self.error = error
         self.ended("locked" if isinstance(error, Locked) else "failed", str(error))
+        self.error = error
 
     def to_json(self, output: Store) -> dict[str, Any]:
         """The date as the command's JSON has it."""

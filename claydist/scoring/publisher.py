@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from claydist.display import Display
-from claydist.errors import ClaydistError, DataError, GateFailed
+from claydist.errors import ClaydistError, DataError, GateFailed, Locked, StorageError
 from claydist.predictor import Target
 from claydist.scoring import publish
 from claydist.scoring.choice import DateRun
@@ -89,14 +89,14 @@ class Publisher:
         one.ended("published", one.current.damage, manifest)
 
     def report(self, one: DateRun, seconds: float, rows_per_s: float) -> None:
-        """Write the page of a date that was published or refused.
+        """Write the page of a date that was published or refused; of a date that another run has it is that run's.
 
         Parameters
         ----------
         seconds, rows_per_s : of the run's scoring until now.
         """
         stats = self._stats.get(one.folder)
-        if stats is None:
+        if stats is None or isinstance(one.error, (Locked, StorageError)):
             return
         facts = {**self._facts(one), "seconds": round(seconds, 1), "rows_per_s": round(rows_per_s)}
         try:

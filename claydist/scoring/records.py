@@ -14,7 +14,8 @@ A record that was overtaken stays until all that it alone names is removed: it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from claydist.errors import AlreadyExists, ClaydistError, StorageError
@@ -32,6 +33,7 @@ from claydist.storage import Store
 
 COMMITS = "_commits"
 QUARANTINE = "_quarantine"
+_ASKED, _PAUSE_S = 4, 0.5
 _LOOKS = 20
 
 
@@ -77,11 +79,19 @@ def create(output: Store, folder: str, manifest: Manifest) -> bool:
             return False
         raise
     # The number may have been taken, overtaken and removed since we looked.
-    with suppress(ClaydistError):
-        if not is_mine():
-            remove([place])
-            return False
+    if not _insist(is_mine):
+        remove([place])
+        return False
     return True
+
+
+def _insist(ask: Callable[[], bool]) -> bool:
+    """The answer of a store that may fail for a moment; its error when it fails for longer."""
+    for _ in range(_ASKED - 1):
+        with suppress(StorageError):
+            return ask()
+        time.sleep(_PAUSE_S)
+    return ask()
 
 
 def fence(output: Store, folder: str, current: Manifest | None) -> bool:

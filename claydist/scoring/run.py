@@ -6,7 +6,10 @@ import datetime as dt
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
+
+import pyarrow as pa
 
 from claydist.bundle import Bundle, read_bundle
 from claydist.dataset.footers import Inventory
@@ -138,9 +141,8 @@ class _Scoring:
         if not dates or (len(dates) == 1 and dates[0].status == "empty"):
             reason = dates[0].reason if dates else f"the input has no row{self.choice.describe()}"
             raise DataError(f"{reason}; nothing was published ({where})")
-        problems = [one.error or one.problem for one in dates if one.partition is not None or one.error is not None]
-        if problems and problems[0] and len({str(problem) for problem in problems}) == 1:
-            raise problems[0]  # the same of every date is wrong with the spec or the whole input
+        _raise_common([one.error for one in dates if one.partition is not None or one.error is not None])
+        self._warn_of_keys(dates)
         checks.check_output_visible(self.output)
         return dates
 
@@ -160,6 +162,19 @@ class _Scoring:
             except ClaydistError as e:
                 one.problem = e
         return one
+
+    def _warn_of_keys(self, dates: Sequence[DateRun]) -> None:
+        """Say where dates have keys of types that no one table could hold: each date is whole, all of them are not."""
+        for name in self.spec.key:
+            found: dict[pa.DataType, str] = {}
+            for one in dates:
+                if one.inventory is not None and name in one.inventory.schema.names:
+                    found.setdefault(one.inventory.schema.field(name).type, one.folder)
+            try:
+                pa.unify_schemas([pa.schema([(name, kind)]) for kind in found], promote_options="default")
+            except pa.ArrowException:
+                said = ", ".join(f"{kind} in {folder}" for kind, folder in found.items())
+                self.display.say(f"key {name!r} is {said}: read_scores can read these dates one by one only; cast it")
 
     def _look_for_withdrawn(self, dates: Sequence[DateRun]) -> None:
         """Of dates that the input has no row of, say which are published all the same."""
@@ -185,14 +200,16 @@ class _Scoring:
             return
         with Lease(self.output, Owner.me(self.run.run_id)) as lease:
             for partition in left:
-                if lease.try_lock(partition.folder) is None:
-                    self.staging.clean(partition, (), self.run.run_id, names)
+                with suppress(ClaydistError):  # the dates of this run are published; it is tidied up another time
+                    if lease.try_lock(partition.folder) is None:
+                        self.staging.clean(partition, (), self.run.run_id, names)
 
     def _work_on(self, dates: Sequence[DateRun]) -> None:
         open_dates = [one for one in dates if one.partition is not None]
         each(self._look, open_dates)
         found = [one for one in open_dates if not one.error]
         waiting = [one for one in found if not self._is_decided(one) or not one.current.is_settled]
+        _raise_common([one.problem if one.error else None for one in open_dates])
         if not waiting:
             return
         check_place(self.output)
@@ -368,3 +385,9 @@ class _Scoring:
             raise errors[0]
         summary: dict[str, Any] = {**facts, "dates": [one.to_json(self.output) for one in dates]}
         return ScoreSummary(summary, 0 if not errors else 4 if all(isinstance(e, Locked) for e in errors) else 1)
+
+
+def _raise_common(problems: Sequence[ClaydistError | None]) -> None:
+    """Raise what is wrong with every date, for then it is wrong with the spec or the whole input."""
+    if problems and problems[0] is not None and len({str(problem) for problem in problems}) == 1:
+        raise problems[0]

@@ -10,6 +10,7 @@ drawn one booster goes through, and need not predict all rows anew at each bound
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -130,9 +131,10 @@ class ShardIter(xgb.DataIter):
     ----------
     make : the batches of one pass, as arguments of XGBoost's `input_data`.
     n_bytes : of all their arrays; where there is room for them the first pass is written to a file for the others.
+        Infinity for batches that are in memory already.
     """
 
-    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], n_bytes: int) -> None:
+    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], n_bytes: float) -> None:
         super().__init__(release_data=True)
         self._make = make
         self._has_room = has_room(n_bytes)
@@ -330,7 +332,7 @@ def _sample_matrix(job: TrainJob, rank: int) -> xgb.QuantileDMatrix:
         raise SpecError("model.binning 'sample' cannot sample whole queries; use 'exact' for a ranking")
     n_sample = max(1, SAMPLED_ROWS * shard.n_rows // job.parts["train"].n_rows)
     sample = sampled_inputs(shard, n_sample)
-    return _quantile_matrix(job, ShardIter(lambda: iter(sample), 0), None)
+    return _quantile_matrix(job, ShardIter(lambda: iter(sample), math.inf), None)
 
 
 def _quantile_matrix(job: TrainJob, rows: ShardIter, cuts: xgb.QuantileDMatrix | None) -> xgb.QuantileDMatrix:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ DISK_SHARE = 2
 MEMORY_SHARE = 4
 
 
-def has_room(n_bytes: int) -> bool:
+def has_room(n_bytes: float) -> bool:
     """True where a file of this size takes at most half of the free disk and a quarter of the memory that is left.
 
     Beyond that the kernel would have to fetch it from the disk, which is slower than to read the input again.
@@ -55,38 +55,48 @@ class Spill:
     """
 
     def __init__(self) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile(prefix="claydist-")  # noqa: SIM115  as long as this lives
+        # Unbuffered, so that a full disk is found while batches are written.
+        self._file: IO[bytes] | None = None
         self._batches: list[dict[str, Any]] = []
-        self._largest: dict[str, int] = {}
+        self._largest: dict[tuple[str, np.dtype[Any]], int] = {}
 
     def write(self, batch: Mapping[str, Any]) -> None:
         """Add a batch: its arrays go to the file, what else it holds is remembered."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="claydist-", buffering=0)  # noqa: SIM115  as long as this lives
         kept: dict[str, Any] = {}
         for name, value in batch.items():
             if isinstance(value, np.ndarray):
-                self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+                left = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+                while len(left):
+                    left = left[self._file.write(left) :]
                 kept[name] = _Array(value.dtype, value.shape)
-                self._largest[name] = max(self._largest.get(name, 0), value.size)
+                self._largest[name, value.dtype] = max(self._largest.get((name, value.dtype), 0), value.size)
             else:
                 kept[name] = value
         self._batches.append(kept)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The batches; the arrays of one are overwritten by those of the next."""
-        self._file.seek(0)
-        space: dict[str, np.ndarray] = {}
+        if self._file is not None:
+            self._file.seek(0)
+        space: dict[tuple[str, np.dtype[Any]], np.ndarray] = {}
         for kept in self._batches:
             yield {
                 name: self._fill(space, name, value) if isinstance(value, _Array) else value
                 for name, value in kept.items()
             }
 
-    def _fill(self, space: dict[str, np.ndarray], name: str, array: _Array) -> np.ndarray:
-        if name not in space:
-            space[name] = np.empty(self._largest[name], array.dtype)
-        values = space[name][: math.prod(array.shape)]
-        if self._file.readinto(values.view(np.uint8)) != values.nbytes:  # type: ignore[attr-defined]
-            raise OSError(f"a temporary file in {tempfile.gettempdir()} is shorter than what was written to it")
+    def _fill(self, space: dict[tuple[str, np.dtype[Any]], np.ndarray], name: str, array: _Array) -> np.ndarray:
+        key = name, array.dtype
+        if key not in space:
+            space[key] = np.empty(self._largest[key], array.dtype)
+        values = space[key][: math.prod(array.shape)]
+        left = values.view(np.uint8).data
+        while len(left):
+            if not (n_bytes := self._file.readinto(left)):  # type: ignore[union-attr]
+                raise OSError(f"a temporary file in {tempfile.gettempdir()} is shorter than what was written to it")
+            left = left[n_bytes:]
         return values.reshape(array.shape)
 
 
