@@ -29,7 +29,7 @@ def in_this_process(function: Callable[..., Any], items: Sequence[Any], shared: 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "run_tasks", in_this_process)
-    monkeypatch.setattr(cluster, "nodes", lambda: [])
+    monkeypatch.setattr(cluster, "living_nodes", lambda: [])
 
 
 def months(n_rows: int) -> pa.Table:
