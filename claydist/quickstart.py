@@ -7,6 +7,7 @@ a Unicode category, a feature that drifts from day to day, and a label that depe
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -170,15 +171,16 @@ def _first_rows(rows: pa.Table, day: date, n_rows: int = 3) -> Table:
 
 
 def _next_steps(folder: Path) -> str:
-    registry = folder / "registry"
+    registry, parcels = (shlex.quote(str(folder / name)) for name in ("registry", "parcels"))
+    boosted, scoring = (shlex.quote(str(folder / name)) for name in ("xgboost.yaml", "score.yaml"))
     commands = [
         f"models list --registry {registry}",
         f"models history parcel-late --registry {registry}",
         f"report parcel-late --registry {registry}",
-        f"evaluate parcel-late --data {folder / 'parcels'} --where 'hours > 0' --registry {registry}",
-        f"plan {folder / 'xgboost.yaml'}",
-        f"train {folder / 'xgboost.yaml'} --set model.params.max_depth=8",
-        f"score {folder / 'score.yaml'} --from {FIRST_DAY}",
+        f"evaluate parcel-late --data {parcels} --where 'hours > 0' --registry {registry}",
+        f"plan {boosted}",
+        f"train {boosted} --set model.params.max_depth=8",
+        f"score {scoring} --from {FIRST_DAY}",
         f"serve parcel-late --registry {registry}",
     ]
     # `uv run` says by UV that it runs us: without it the command is on no PATH.

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import URLError
@@ -101,7 +101,8 @@ class Cluster:
 def _end(node: subprocess.Popen[bytes]) -> None:
     for sign in (signal.SIGTERM, signal.SIGKILL):
         for pid in _session(node.pid):
-            os.kill(pid, sign)
+            with suppress(ProcessLookupError):
+                os.kill(pid, sign)
         try:
             node.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -62,10 +62,16 @@ class Admission:
         place.count(n_bytes)
         return place
 
-    def reserve(self, n_bytes: int) -> None:
-        """Count bytes that will be held; a Refusal 503 where they are too many."""
-        if self.n_bytes and self.n_bytes + n_bytes > self._limits.queue_bytes:
-            raise busy(f"bodies of {self.n_bytes} bytes are at work already; ask again a little later")
+    def reserve(self, n_bytes: int, own: int) -> None:
+        """Count bytes that will be held; a Refusal 503 where those of others and these are too many.
+
+        Parameters
+        ----------
+        own : bytes that the same body holds already. Small bodies always pass: their number is bounded elsewhere.
+        """
+        others = self.n_bytes - own
+        if own + n_bytes > SMALL_BYTES and others and self.n_bytes + n_bytes > self._limits.queue_bytes:
+            raise busy(f"bodies of {others} bytes are at work already; ask again a little later")
         self.n_bytes += n_bytes
 
     def seconds(self, kind: str, n_bytes: int) -> float:
@@ -114,7 +120,7 @@ class Place:
     def hold(self, n_bytes: int) -> None:
         """Hold this many bytes in all; a Refusal 503 where they are too many."""
         if n_bytes > self._n_held:
-            self._admission.reserve(n_bytes - self._n_held)
+            self._admission.reserve(n_bytes - self._n_held, self._n_held)
             self._n_held = n_bytes
 
     def count(self, n_bytes: int) -> None:
@@ -180,3 +186,5 @@ class Place:
         self._forget()
         self._admission.n_bytes -= self._n_held
         self._n_held = 0
+        # It has what was parsed, of Arrow the body itself, and the answer may be read slowly.
+        self.work = None

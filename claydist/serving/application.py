@@ -45,7 +45,7 @@ logger = logging.getLogger("claydist.serving")
 
 # A body beyond it would hold up the small requests beside it.
 _PARSE_INLINE_BYTES = 128 << 10
-_WRITE_INLINE_ROWS = 1000
+_WRITE_INLINE_VALUES = 4000
 # Calls of Ray's Jobs API at once: it may hang, and its callers wait no longer than for any answer.
 _JOB_THREADS, _MOST_JOB_CALLS = 2, 8
 
@@ -239,7 +239,7 @@ class Application:
             parts = [await self._predict_matrix(exchange, served, matrix)]
         start = time.perf_counter()
         content_type, write = (ARROW, answers.arrow_predictions) if wants_arrow else (JSON, _json_predictions)
-        is_small = exchange.rows < _WRITE_INLINE_ROWS
+        is_small = _is_small(exchange, served)
         body = write(served, parts) if is_small else await asyncio.to_thread(write, served, parts)
         self._stage("write", start)
         return Answer(body, content_type, 200, _identity_headers(served))
@@ -266,7 +266,7 @@ class Application:
         values = await self._predict_matrix(exchange, served, asked.matrix)
         start = time.perf_counter()
         write = partial(oip.respond, served, asked, values)
-        text, length = write() if exchange.rows < _WRITE_INLINE_ROWS else await asyncio.to_thread(write)
+        text, length = write() if _is_small(exchange, served) else await asyncio.to_thread(write)
         self._stage("write", start)
         if length is None:
             return Answer(text)
@@ -362,7 +362,9 @@ class Application:
 
     async def _submit(self, exchange: Exchange) -> Answer:
         served = self._find(exchange, exchange.parts[1])
-        tree = answers.parse_json(await exchange.body(self._limits.json_bytes, partial(self._admission.enter, "batch")))
+        self._jobs.require_roots()
+        limit = min(self._limits.json_bytes, _PARSE_INLINE_BYTES)
+        tree = answers.parse_json(await exchange.body(limit, partial(self._admission.enter, "batch")))
         return json_answer(await self._call_jobs(self._jobs.submit, served, tree), 202)
 
     async def _job(self, exchange: Exchange) -> Answer:
@@ -441,6 +443,11 @@ _PAGE_HEADERS = [
     (b"content-security-policy", _POLICY),
     (b"cache-control", b"no-store"),
 ]  # fmt: skip
+
+
+def _is_small(exchange: Exchange, served: Served) -> bool:
+    """True for an answer that is written in less time than the way to a thread and back takes."""
+    return exchange.rows * len(served.outputs.names) < _WRITE_INLINE_VALUES
 
 
 def _json_predictions(served: Served, parts: list[np.ndarray]) -> bytes:

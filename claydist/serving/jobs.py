@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from claydist.errors import ClaydistError, SpecError
@@ -53,7 +53,7 @@ class BatchJobs:
         ------
         Refusal : 400 for a spec that is wrong or places that are not allowed, 503 where the Jobs API does not answer.
         """
-        self._require_roots()
+        self.require_roots()
         command, spec = self._checked(served, tree)
         client = self._connected()
         text = json.dumps([served.digest, command, spec.model_dump(mode="json")], sort_keys=True)
@@ -70,7 +70,11 @@ class BatchJobs:
         tree: dict[str, Any] = {"id": job_id, "status": str(info.status.value), **_metadata(info)}
         tree["started_at_ms"], tree["ended_at_ms"] = info.start_time, info.end_time
         if info.status.is_terminal():
-            tree["result"] = _last_json(client.get_job_logs(job_id))
+            try:
+                tree["result"] = _last_json(client.get_job_logs(job_id))
+            except (RuntimeError, OSError) as e:  # they may be gone with their node
+                logger.warning("Ray gave no logs of %s: %s", job_id, e)
+                tree["result"] = None
         return tree
 
     def stop(self, job_id: str) -> dict[str, Any]:
@@ -78,8 +82,8 @@ class BatchJobs:
         client = self._connected()
         info = self._info(client, job_id)
         if not info.status.is_terminal():
-            client.stop_job(job_id)
-        return {"id": job_id, "status": str(client.get_job_status(job_id).value), **_metadata(info)}
+            _ask(client.stop_job, job_id)
+        return {"id": job_id, "status": str(_ask(client.get_job_status, job_id).value), **_metadata(info)}
 
     def _checked(self, served: Served, tree: Any) -> tuple[list[str], ScoreSpec]:
         """Arguments beside the spec, and the spec with the version that answers now."""
@@ -103,13 +107,14 @@ class BatchJobs:
 
         return open_registry(self._spec.registry).store.url
 
-    def _require_roots(self) -> None:
+    def require_roots(self) -> None:
+        """Pass where the operator allows batch scoring; a Refusal 503 where not."""
         if not (self._spec.batch.input_roots and self._spec.batch.output_roots):
             off = "batch scoring is off: the operator has given no batch.input_roots and batch.output_roots"
             raise Refusal(503, off, kind="batch_is_off")
 
     def _connected(self) -> Any:
-        self._require_roots()
+        self.require_roots()
         if self._client is None:
             self._client = _open_client(self._spec.batch.address)
         return self._client
@@ -120,8 +125,22 @@ class BatchJobs:
             raise missing
         try:
             return client.get_job_info(job_id)
-        except RuntimeError:
-            raise missing from None
+        except (RuntimeError, OSError) as e:
+            if isinstance(e, RuntimeError) and re.search("404|does not exist", str(e)):
+                raise missing from None
+            raise _no_answer(e) from None
+
+
+def _ask(call: Callable[[str], Any], job_id: str) -> Any:
+    try:
+        return call(job_id)
+    except (RuntimeError, OSError) as e:
+        raise _no_answer(e) from None
+
+
+def _no_answer(error: Exception) -> Refusal:
+    logger.warning("Ray's Jobs API: %s", error)
+    return Refusal(503, "Ray's Jobs API does not answer; ask again a little later")
 
 
 def normalised(url: str) -> str:
@@ -218,14 +237,14 @@ def _attempt(client: Any, base: str) -> tuple[str, str | None]:
 def _status(client: Any, job_id: str) -> str | None:
     try:
         return str(client.get_job_status(job_id).value)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return None
 
 
 def _submit(client: Any, job_id: str, entrypoint: str, served: Served) -> None:
     try:
         client.submit_job(entrypoint=entrypoint, submission_id=job_id, metadata=served.identity())
-    except RuntimeError as e:
+    except (RuntimeError, OSError) as e:
         # Two equal requests at once: the other one was first.
         if _status(client, job_id) is None:
             logger.warning("Ray did not take %s: %s", job_id, e)

@@ -125,6 +125,7 @@ def checked(
     tree: dict[str, Any] = {**(settings or {}), "models": list(refs)}
     if replicas is not None:
         tree["replicas"] = replicas
+    load_spec(ServeSpec, tree)
     tree["registry"] = open_registry(registry, tree.get("registry")).store.url
     if file := keys_file or tree.get("keys_file"):
         tree["keys_file"] = str(Path(file).expanduser().absolute())

@@ -7,6 +7,7 @@ a second, from the event loop's idle time.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from bisect import bisect_left
 from collections import defaultdict
@@ -16,6 +17,8 @@ from itertools import accumulate
 from typing import Any
 
 import orjson
+
+logger = logging.getLogger("claydist.serving")
 
 STAGES = ("read", "parse", "predict", "write", "total")
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -166,7 +169,10 @@ class Telemetry:
     async def _flush_forever(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_S)
-            self.flush()
+            try:
+                self.flush()
+            except Exception:  # of the log's disk or of Ray: the next lines may go out again
+                logger.exception("the access log or the metrics could not be written")
 
 
 class Exporter:

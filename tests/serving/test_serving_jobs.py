@@ -58,7 +58,7 @@ class Client:
 
     def get_job_info(self, job_id: str) -> Info:
         if job_id not in self.jobs:
-            raise RuntimeError("unknown")
+            raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist")
         return self.jobs[job_id]
 
     def get_job_status(self, job_id: str) -> Status:
@@ -221,6 +221,28 @@ def test_without_roots_or_jobs_api_it_says_so(
         BatchJobs(spec).submit(served, {"input": "/a/x", "output": "/b/x"})
     assert caught.value.status == 503
     assert caught.value.kind == "no_jobs_api"
+
+
+@pytest.mark.parametrize("error", [OSError("refused"), RuntimeError("Request failed with status code 500: sorry")])
+@pytest.mark.parametrize("call", ["get_job_info", "stop_job", "get_job_logs"])
+def test_a_dashboard_in_trouble_is_503_and_logs_that_are_gone_are_none(
+    batch: Any, served: Served, roots: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, call: str
+) -> None:
+    found, client = batch
+    tree = {"input": f"{roots[0]}/a", "output": str(roots[1]), "date": "dt", "key": ["flight"]}
+    job_id = found.submit(served, tree)["id"]
+
+    def fail(job_id: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(client, call, fail)
+    if call == "get_job_logs":
+        client.jobs[job_id].status = Status.FAILED
+        assert found.look(job_id)["result"] is None
+        return
+    with pytest.raises(Refusal, match="does not answer") as refused:
+        found.stop(job_id)
+    assert refused.value.status == 503
 
 
 def test_places_are_compared_as_they_are(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_settings_of_the_command_and_the_file_meet(registry: Registry) -> None:
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.parametrize("settings", [{"keys_file": 12345}, {"registry": 5}, {"limits": 3}])
+def test_settings_of_a_wrong_type_are_problems_of_the_spec(registry: Registry, settings: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as wrong:
+        run.checked(["trees"], registry=None, host="127.0.0.1", replicas=None, keys_file=None, settings=settings)
+    assert next(iter(settings)) in str(wrong.value.problems)
+
+
 def test_replicas_of_the_file_hold_until_the_command_gives_some(registry: Registry) -> None:
     file = {"replicas": 4}
     assert settings(registry, settings=file, replicas=None).replicas == 4

@@ -227,11 +227,11 @@ def test_following_survives_what_nobody_foresaw(moving: Registry, monkeypatch: p
 
     async def run() -> None:
         shelf.follow()
-        await asyncio.sleep(0.1)
+        while len(calls) < 3:
+            await asyncio.sleep(0.01)
         shelf.close()
 
-    asyncio.run(run())
-    assert len(calls) > 2
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_settings_are_checked() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -135,3 +136,22 @@ def test_stages_reach_rays_exporter(told: dict[Any, float]) -> None:
     assert told["claydist_stage_seconds_count", "parse"] == 3
     assert told["claydist_stage_seconds_sum", "parse"] == pytest.approx(99.006)
     assert ("claydist_stage_seconds_bucket", "parse", "0.0025") not in told
+
+
+def test_a_log_that_failed_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    telemetry, n_flushed = Telemetry(), []
+
+    def flush() -> None:
+        n_flushed.append(1)
+        if len(n_flushed) == 1:
+            raise OSError(28, "No space left on device")
+
+    async def run() -> None:
+        monkeypatch.setattr(telemetry, "flush", flush)
+        telemetry.start(None)
+        while len(n_flushed) < 3:
+            await asyncio.sleep(0.01)
+        telemetry.close()
+
+    monkeypatch.setattr("claydist.serving.telemetry._FLUSH_S", 0.001)
+    asyncio.run(asyncio.wait_for(run(), 10))
