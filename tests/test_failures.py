@@ -64,6 +64,8 @@ class Disturb(Silent):
         self.went_on_at: float | None = None
 
     def progress(self, board: Mapping[str, Any]) -> None:
+        if "workers" not in board:
+            return  # of statistics or evaluation
         words = board["workers"]
         rounds = [word.get("round", 0) for word in words.values() if word["stage"] == "boost"]
         if self.acted_at is None and len(rounds) == 3 and min(rounds) >= self.at_round:

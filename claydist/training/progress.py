@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# As often as the driver asks.
-SEND_EVERY_S = 0.5
+
+SEND_EVERY_S = 0.2
 
 
 class Board:
