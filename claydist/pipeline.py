@@ -93,11 +93,11 @@ def train(
     ClaydistError : of the kind that says what is wrong; nothing is registered then.
     """
     registry.check_writable()
+    layout = plan_workers(spec)  # what can never run is refused, and is no run
     clock = Clock(display, start_run(registry, "train", spec, spec.name))
     if not resume:
         display.run(clock.run.run_id)
     try:
-        layout = plan_workers(spec)
         with clock.stage("inventory"):
             tables = open_tables(spec)
         resumed = _open_run(clock, spec, registry, tables, layout, resume=resume)

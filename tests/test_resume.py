@@ -13,7 +13,7 @@ from claydist.display import Silent
 from claydist.errors import StorageError
 from claydist.preparation import _differing_sizes, open_tables
 from claydist.registry import open_registry
-from claydist.runs import list_runs
+from claydist.runs import Run, list_runs, start_run
 from claydist.spec import TrainSpec
 from claydist.specfile import load_spec
 from tests.checks import without_ray
@@ -39,13 +39,20 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
 @pytest.mark.parametrize("xgboost", ["3.1.0", None])
 def test_a_run_of_other_versions_is_not_gone_on_with(spec: TrainSpec, xgboost: str | None) -> None:
     registry, told = open_registry(spec.registry), Told()
-    layout = cluster.Layout(1, 1)
-    run, _ = pipeline._open_run(spec, registry, open_tables(spec), layout, told, resume=False)
+
+    def open_run(*, resume: bool) -> tuple[Run, bool]:
+        clock = pipeline.Clock(told, start_run(registry, "train", spec, spec.name))
+        resumed = pipeline._open_run(clock, spec, registry, open_tables(spec), cluster.Layout(1, 1), resume=resume)
+        return clock.run, resumed
+
+    run, _ = open_run(resume=False)
     run.fail(RuntimeError("stopped"))
     if xgboost:
         run.update(state="failed", versions={**run.facts["versions"], "xgboost": xgboost})
-    again, resumed = pipeline._open_run(spec, registry, open_tables(spec), layout, told, resume=True)
+    again, resumed = open_run(resume=True)
     assert (again.run_id == run.run_id, resumed) == ((False, False) if xgboost else (True, True))
+    assert resumed is not bool(xgboost)
+    assert not resumed or again.facts["error"] is None
     assert not xgboost or "made with other versions of xgboost (3.1.0, now " in told.texts[-1]
 
 
