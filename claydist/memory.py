@@ -33,7 +33,7 @@ HISTOGRAM_BYTES = 16
 CACHED_NODES = 65_536
 # Where depth does not bound them: a node for so many rows in deep trees of noise. Labels that follow the features
 # closely make three times as many, and skewed ones a third.
-NODE_ROWS = 12
+NODE_ROWS = 14
 HESSIAN_COPIES = 3
 # Of a ranking's encoded rows while they are put in the order of their queries: batches, concatenated, sorted.
 RANKING_COPIES = 3

@@ -102,7 +102,7 @@ def test_the_histograms_of_deep_trees_count(n_rows: int, n_features: int, depth:
 @pytest.mark.parametrize(("params", "n_rows", "nodes"), [
     ({}, 10**6, 64), ({"max_depth": 3}, 10**6, 8), ({"max_depth": 0, "max_leaves": 31}, 10**6, 62),
     ({"max_depth": 0}, 10**7, 65_536), ({"max_depth": 0, "max_cached_hist_node": 100}, 10**7, 100),
-    ({"max_depth": 20}, 1200, 100), ({"max_depth": 20, "min_child_weight": 40}, 1200, 30),
+    ({"max_depth": 20}, 1400, 100), ({"max_depth": 20, "min_child_weight": 40}, 1400, 35),
     ({"max_depth": "deep", "max_leaves": None}, 10**6, 64),
 ])  # fmt: skip
 def test_nodes_with_a_histogram(params: dict[str, Any], n_rows: int, nodes: float) -> None:
