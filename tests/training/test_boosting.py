@@ -25,8 +25,9 @@ from claydist.schema import Schema, column_of, decide_roles
 from claydist.spec import TrainSpec, XGBoostSpec
 from claydist.specfile import load_spec
 from claydist.storage import open_store
-from claydist.training import boosting
-from claydist.training.boosting import boost, sampled_inputs
+from claydist.training import binning
+from claydist.training.binning import sampled_inputs
+from claydist.training.boosting import boost
 from claydist.training.checkpoints import find_checkpoint
 from claydist.training.job import ShardRows, TrainJob, plan_part
 from claydist.training.progress import Reporter
@@ -342,7 +343,7 @@ def test_sampled_cuts_know_categories_that_the_sample_has_not(tmp_path: Path, mo
         "a": rng.normal(size=len(cities)), "city": [f"city {i:02}" for i in cities],
         "y": ((cities >= 61) ^ (rng.random(len(cities)) < 0.05)).astype(np.int64),
     })  # fmt: skip
-    monkeypatch.setattr(boosting, "SAMPLED_ROWS", 100)
+    monkeypatch.setattr(binning, "SAMPLED_ROWS", 100)
     job = make_job(tmp_path, [table], 1, rounds=10, params={"max_depth": 3, "eta": 1.0}, binning="sample", seed=5)
     known = np.concatenate([part["data"] for part in sampled_inputs(job.shard("train", 0), 100)[:-1]])
     assert known[:, 1].max() == 60

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import xgboost as xgb
 
-from claydist.training import boosting, spill
-from claydist.training.boosting import ShardIter
+from claydist.training import binning, spill
+from claydist.training.binning import ShardIter
 from claydist.training.spill import Spill, available_memory, has_room
 
 
@@ -59,7 +59,7 @@ def test_a_matrix_made_from_the_file_is_that_of_the_input(monkeypatch: pytest.Mo
 
     def model(room: bool) -> bytes:
         n_made.clear()
-        monkeypatch.setattr(boosting, "has_room", lambda n_bytes: room)
+        monkeypatch.setattr(binning, "has_room", lambda n_bytes: room)
         Xy = xgb.QuantileDMatrix(ShardIter(make, 1), max_bin=8)
         return bytes(xgb.train({"max_depth": 3, "max_bin": 8, "nthread": 1}, Xy, 4).save_raw("ubj"))
 
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_costs_time_and_nothing_else(monkeypatch: pytest.Mo
             raise OSError(28, "No space left on device")
         whole(self, batch)
 
-    monkeypatch.setattr(boosting, "has_room", lambda n_bytes: True)
+    monkeypatch.setattr(binning, "has_room", lambda n_bytes: True)
     assert model(full) == model(whole)
     assert len(n_written) == 2  # it is not tried again in the same pass
 
