@@ -32,7 +32,7 @@ def train(spec: str | Path | Mapping[str, Any], **overrides: Any) -> dict[str, A
     from claydist.cluster import connected
     from claydist.display import Silent
     from claydist.pipeline import train as run
-    from claydist.preparation import registry_of
+    from claydist.places import registry_of
 
     checked = _checked(TrainSpec, spec, overrides)
     with connected():
@@ -64,7 +64,7 @@ def score(
     """
     from claydist.cluster import connected
     from claydist.display import Silent
-    from claydist.preparation import scoring_registry
+    from claydist.places import scoring_registry
     from claydist.scoring.run import score as run
 
     checked = _checked(ScoreSpec, spec, overrides)

@@ -13,7 +13,8 @@ from claydist.display import Display, Silent
 from claydist.errors import DataError
 from claydist.evaluate import EvaluationPlan, evaluate
 from claydist.expressions import parse
-from claydist.preparation import Tables, check_paths, check_visible
+from claydist.places import check_paths
+from claydist.preparation import Tables, check_visible
 from claydist.registry import Registry
 from claydist.schema import Roles
 from claydist.spec import DataSpec

@@ -132,8 +132,8 @@ def plan(
     if spec is None:
         raise typer.BadParameter("give a SPEC, or --schema")
     checked = load_spec(TrainSpec, spec, sets or ())
+    from claydist.places import registry_of
     from claydist.plan import make_plan, plan_table
-    from claydist.preparation import registry_of
 
     with _ray(address, verbose):
         made = make_plan(checked, registry_of(checked, registry))
@@ -161,7 +161,7 @@ def train(
 
     checked = load_spec(TrainSpec, spec, sets or ())
     from claydist.pipeline import train as run
-    from claydist.preparation import registry_of
+    from claydist.places import registry_of
 
     with _ray(address, verbose), display(log_json=log_json) as shown:
         trained = run(checked, registry_of(checked, registry), shown, resume=resume, promote=not no_promote)
@@ -237,7 +237,7 @@ def score(
     from claydist.specfile import load_spec
 
     checked = load_spec(ScoreSpec, spec, sets or ())
-    from claydist.preparation import scoring_registry
+    from claydist.places import scoring_registry
     from claydist.scoring.choice import Choice
     from claydist.scoring.run import score as run
 

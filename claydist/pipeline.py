@@ -26,8 +26,9 @@ from claydist.errors import ClaydistError, DataError, RegistryError, TrainingErr
 from claydist.evaluate import ALL_ROWS, Evaluation, EvaluationPlan, evaluate
 from claydist.memory import check_memory
 from claydist.models import LinearModel, Model, XGBoostModel
+from claydist.places import check_shared
 from claydist.predictor import Predictor
-from claydist.preparation import Prepared, Tables, check_shared, memory_bytes, open_tables, plan_workers, prepare
+from claydist.preparation import Prepared, Tables, memory_bytes, open_tables, plan_workers, prepare
 from claydist.registry import Registry
 from claydist.reporting.data import report_data
 from claydist.reporting.html import render_report

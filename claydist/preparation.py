@@ -7,10 +7,8 @@ and that they can be encoded: what would else end a run after its training. Noth
 from __future__ import annotations
 
 import hashlib
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from claydist import cluster
@@ -27,19 +25,18 @@ from claydist.dataset.statistics import (
     summarise,
 )
 from claydist.display import Display, Silent
-from claydist.errors import DataError, SpecError, StorageError
+from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
 from claydist.features import FeaturePlan, build_plan, check_types, float32_warnings
 from claydist.labels import check_bounds, decide_target, prior
 from claydist.metrics import AUC_CLASSES, TASK_METRICS
 from claydist.models.boosted import ONE_WORKER_OBJECTIVES, booster_params
+from claydist.places import check_paths, check_same_sizes
 from claydist.predictor import Target
 from claydist.profile import ColumnProfile, ColumnSums
-from claydist.registry import Registry, open_registry, registry_url
-from claydist.runs import FILE
 from claydist.schema import Column, Roles, Schema, column_of, decide_roles, type_of
-from claydist.spec import LinearSpec, ScoreSpec, TrainSpec, XGBoostSpec
-from claydist.storage import Store, redact
+from claydist.spec import LinearSpec, TrainSpec, XGBoostSpec
+from claydist.storage import redact
 from claydist.training.boosting import check_params
 from claydist.training.linear import LOSSES
 
@@ -190,42 +187,6 @@ def prepare(spec: TrainSpec, tables: Tables, cache_dir: str | None = None, displ
         warnings.append("quantile and absolute-error objectives are exact on one worker only; it trains on one")
     constant = tuple(prior(target, sums.label_numbers, sums.label_weights))
     return Prepared(roles, parts, target, encoder, profiles, constant, tuple(warnings))
-
-
-def registry_of(spec: TrainSpec, flag: str | None = None) -> Registry:
-    """The registry to train into; on storage of the same kind as the data it takes the data's storage options.
-
-    Raises
-    ------
-    SpecError : for a relative local path inside a Ray job or on several nodes.
-    """
-    return _registry(registry_url(flag, spec.registry), spec.data.path, spec.data.storage_options)
-
-
-def scoring_registry(spec: ScoreSpec, flag: str | None = None) -> Registry:
-    """The registry to score from; storage options and errors as `registry_of`."""
-    return _registry(registry_url(flag, spec.registry), spec.input, spec.storage_options)
-
-
-def _registry(url: str, paths: Sequence[str], options: Mapping[str, Any]) -> Registry:
-    check_paths([url])
-    protocols = {path.partition("://")[0] for path in paths if "://" in path}
-    return open_registry(url, options=options if url.partition("://")[0] in protocols else None)
-
-
-def check_paths(paths: Any) -> None:
-    """Pass when every node would find the same files under these paths.
-
-    Raises
-    ------
-    SpecError : for a relative local path inside a Ray job or on several nodes.
-    """
-    relative = [p for p in paths if "://" not in str(p) and not Path(p).is_absolute()]
-    if relative and (cluster.is_inside_job() or len(cluster.living_nodes()) > 1):
-        raise SpecError(
-            f"relative paths {sorted(relative)} mean another place inside a Ray job or on another node; "
-            f"give absolute paths that every node sees, or storage URLs (s3://, gs://)"
-        )
 
 
 def memory_bytes(spec: TrainSpec) -> int:
@@ -389,42 +350,3 @@ def check_visible(tables: Tables) -> None:
         for table in (tables.main, *tables.separate.values())
         for store, entry in zip(table.stores, table.files, strict=True) if store.is_local
     })  # fmt: skip
-
-
-def check_same_sizes(local: Mapping[str, int]) -> None:
-    """Pass when every node sees these local files, by path, with these sizes in bytes.
-
-    Raises
-    ------
-    DataError : with the nodes that do not, and what they see.
-    """
-    if problems := _differences(local):
-        raise DataError("local files are not the same on every node; use a shared folder or storage URLs", problems)
-
-
-def check_shared(run: Store) -> None:
-    """Pass when every node sees the folder of a run, in which workers leave checkpoints that others go on from.
-
-    Raises
-    ------
-    StorageError : with the nodes that do not.
-    """
-    if run.is_local and (problems := _differences({run.join(FILE).path: run.join(FILE).info().size})):
-        raise StorageError("the registry is not the same on every node; use a shared folder or a storage URL", problems)
-
-
-def _differences(sizes: Mapping[str, int]) -> list[str]:
-    """What nodes see of local files that is not so; looked for only where there are several machines."""
-    if not sizes or len({node.address for node in cluster.living_nodes()}) < 2:
-        return []
-    return [problem for seen in cluster.run_on_every_node(_differing_sizes, sizes) for problem in seen[:5]]
-
-
-def _differing_sizes(expected: Mapping[str, int]) -> list[str]:
-    found = {path: Path(path).stat().st_size if Path(path).exists() else None for path in expected}
-    host = socket.gethostname()
-    return [
-        f"{path} on {host}: expected {expected[path]} bytes, found {'no such file' if size is None else size}"
-        for path, size in found.items()
-        if size != expected[path]
-    ]

@@ -14,7 +14,7 @@ import pytest
 from claydist import cluster
 from claydist.cluster import Layout, Node, _room, _running_address, plan_layout
 from claydist.errors import ClusterError, SpecError
-from claydist.preparation import check_paths
+from claydist.places import check_paths
 
 GIB = 2**30
 

@@ -19,7 +19,7 @@ ABOVE_THE_LINE = (
     "alive", "runs",
 )  # fmt: skip
 BELOW_THE_LINE = (
-    "display", "cluster", "dataset", "collective", "training", "preparation", "memory", "evaluate", "reporting",
+    "display", "cluster", "dataset", "collective", "training", "places", "preparation", "memory", "evaluate", "reporting",
     "assessment", "scoring", "serving", "pipeline", "plan", "quickstart", "api", "reference", "output",
     "registry_commands", "cli", "__main__",
 )  # fmt: skip

@@ -11,7 +11,8 @@ from claydist import cluster, pipeline
 from claydist.cluster import Node
 from claydist.display import Silent
 from claydist.errors import StorageError
-from claydist.preparation import _differing_sizes, open_tables
+from claydist.places import _differing_sizes
+from claydist.preparation import open_tables
 from claydist.registry import open_registry
 from claydist.runs import Run, list_runs, start_run
 from claydist.spec import TrainSpec

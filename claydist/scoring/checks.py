@@ -12,8 +12,8 @@ from claydist.dataset.footers import Inventory
 from claydist.dataset.listing import Found, is_data
 from claydist.errors import DataError, SpecError
 from claydist.expressions import parse
+from claydist.places import check_same_sizes
 from claydist.predictor import Predictor
-from claydist.preparation import check_same_sizes
 from claydist.scoring.dates import UNDATED, DateRows, DateRule, parse_day
 from claydist.scoring.lock import FOLDER as LOCKS
 from claydist.scoring.manifest import MANIFEST, Manifest, is_ours, part_names

@@ -22,8 +22,8 @@ from claydist.evaluate import ALL_ROWS
 from claydist.expressions import Expression, parse
 from claydist.labels import label_values
 from claydist.metrics import MetricSums, Outcome
+from claydist.places import check_paths
 from claydist.predictor import Target
-from claydist.preparation import check_paths
 from claydist.scoring.dates import DateRows, DateRule, find_dates, only_files, to_days
 from claydist.scoring.publish import look
 from claydist.scoring.readers import published_folders, read_folder

@@ -15,7 +15,7 @@ from claydist.bundle import Bundle, read_bundle
 from claydist.dataset.footers import Inventory
 from claydist.display import Display, RowCount
 from claydist.errors import ClaydistError, DataError, Locked, SpecError
-from claydist.preparation import check_paths
+from claydist.places import check_paths
 from claydist.registry import Registry, Resolved
 from claydist.runs import clean_runs, start_run
 from claydist.scoring import checks
