@@ -19,8 +19,8 @@ ABOVE_THE_LINE = (
     "alive", "runs",
 )  # fmt: skip
 BELOW_THE_LINE = (
-    "display", "cluster", "dataset", "collective", "training", "places", "preparation", "memory", "evaluate", "reporting",
-    "assessment", "scoring", "serving", "pipeline", "plan", "quickstart", "api", "reference", "output",
+    "display", "cluster", "dataset", "collective", "training", "places", "preparation", "memory", "evaluate",
+    "reporting", "assessment", "scoring", "serving", "pipeline", "plan", "quickstart", "api", "reference", "output",
     "registry_commands", "cli", "__main__",
 )  # fmt: skip
 ORDER = ABOVE_THE_LINE + BELOW_THE_LINE

@@ -4,7 +4,7 @@
 
 Needs `wrk`. Prints one JSON object: requests, failures and answers that do not fit the version they name while wrk asks
 without a pause and the champion is moved there and back; seconds until a killed replica answers again; and for a paced
-generator at four times the measured rate, with large bodies and with one-row ones, the answers by status, the longest
+generator at four times the measured rate, with large, middling and one-row bodies, the answers by status, the longest
 accepted request by the client's clock and by the server's own (its access log), the client's own lag, and memory over
 time, until some seconds after the end. The generator has the same two cores: what the client's clock has above the
 server's is its own lag, and the way of the connection.
@@ -37,8 +37,12 @@ from claydist.predictor import Predictor
 from claydist.registry import Registry, load, open_registry
 from tests.benchmarks.serve import KEY, NAMES, features, make_model, wait_for
 
-ROWS_OF_LOAD, OVERLOAD, OVERLOAD_S, AFTER_S, WATCH_S = (500, 1), 4, 20, 10, 2.0
+ROWS_OF_LOAD, OVERLOAD, OVERLOAD_S, AFTER_S, WATCH_S = (500, 60, 1), 4, 20, 10, 2.0
 _TICK_S = 0.02
+_HEAD = (
+    f"POST /predict/bench HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    f"Content-Type: application/json\r\nContent-Length: "
+).encode()
 _LUA = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
@@ -120,26 +124,40 @@ def pss_mb(pid: int) -> float:
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("Pss:"))
 
 
-async def asked(port: int, body: bytes) -> tuple[int, bool, float]:
-    """Status (0 for a broken connection), whether Retry-After came, and seconds."""
-    began = time.monotonic()
-    head = (
-        f"POST /predict/bench HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head.encode() + body)
-        answer = await reader.read()
-        writer.close()
-        return int(answer.split(b" ", 2)[1]), b"retry-after" in answer.lower(), time.monotonic() - began
-    except (OSError, IndexError, ValueError):
-        return 0, False, time.monotonic() - began
+class Connections:
+    """Connections to the server that stay open, as those of real clients do: new ones for each request would use up
+    the ports of the machine in seconds.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, body: bytes) -> tuple[int, bool, float]:
+        """Status (0 for a broken connection), whether Retry-After came, and seconds."""
+        began = time.monotonic()
+        try:
+            reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:
+            return 0, False, time.monotonic() - began
+        try:
+            writer.write(b"%s%d\r\n\r\n%s" % (_HEAD, len(body), body))
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            found = re.search(rb"content-length: (\d+)", head)
+            await reader.readexactly(int(found[1]) if found else 0)
+        except (OSError, asyncio.IncompleteReadError):
+            writer.close()
+            return 0, False, time.monotonic() - began
+        if writer.transport.get_write_buffer_size():
+            writer.close()  # answered before it was all sent
+        else:
+            self._idle.append((reader, writer))
+        return int(head.split(b" ", 2)[1]), b"retry-after" in head, time.monotonic() - began
 
 
 async def paced(port: int, body: bytes, rate: float, seconds: float) -> tuple[list[tuple[int, bool, float]], float]:
     """Answers to requests sent at a rate, whether or not the earlier ones are answered; and our own longest lag."""
-    tasks, began, lags = [], time.monotonic(), [0.0]
+    tasks, began, lags, connections = [], time.monotonic(), [0.0], Connections(port)
 
     async def tick() -> None:
         while True:
@@ -150,32 +168,29 @@ async def paced(port: int, body: bytes, rate: float, seconds: float) -> tuple[li
     ticking = asyncio.create_task(tick())
     for i in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, began + i / rate - time.monotonic()))
-        tasks.append(asyncio.create_task(asked(port, body)))
+        tasks.append(asyncio.create_task(connections.ask(body)))
     answers = list(await asyncio.gather(*tasks))
     ticking.cancel()
     return answers, max(lags)
 
 
-def capacity(port: int, body: bytes, seconds: float = 5) -> float:
+async def capacity(port: int, body: bytes, seconds: float = 5) -> float:
     """Answers a second to four askers that never pause."""
-    ended, counts = time.monotonic() + seconds, [0] * 4
+    ended, connections = time.monotonic() + seconds, Connections(port)
 
-    def ask(i: int) -> None:
+    async def ask() -> int:
+        n_answers = 0
         while time.monotonic() < ended:
-            counts[i] += asyncio.run(asked(port, body))[0] == 200
+            n_answers += (await connections.ask(body))[0] == 200
+        return n_answers
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / seconds
+    return sum(await asyncio.gather(*(ask() for _ in range(4)))) / seconds
 
 
 def overloaded(port: int, n_rows: int) -> dict[str, Any]:
     """Answers at four times the rate, by both clocks, and the replica's memory before, meanwhile and afterwards."""
     body, pid = body_of(n_rows), replica()
-    rate = capacity(port, body)
+    rate = asyncio.run(capacity(port, body))
     log = Path(f"/proc/{pid}/fd/1").resolve()
     memory, ended, at = [pss_mb(pid)], threading.Event(), log.stat().st_size
 
