@@ -39,6 +39,7 @@ from tests.benchmarks.serve import KEY, NAMES, features, make_model, wait_for
 
 ROWS_OF_LOAD, OVERLOAD, OVERLOAD_S, AFTER_S, WATCH_S = (500, 60, 1), 4, 20, 10, 2.0
 _TICK_S = 0.02
+MAX_OPEN = 4_000  # connections of the generator; without a bound it runs out of open files, and so fails by itself
 _HEAD = (
     f"POST /predict/bench HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
     f"Content-Type: application/json\r\nContent-Length: "
@@ -132,9 +133,17 @@ class Connections:
     def __init__(self, port: int) -> None:
         self._port = port
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.n_asking = 0
 
     async def ask(self, body: bytes) -> tuple[int, bool, float]:
         """Status (0 for a broken connection), whether Retry-After came, and seconds."""
+        self.n_asking += 1
+        try:
+            return await self._ask(body)
+        finally:
+            self.n_asking -= 1
+
+    async def _ask(self, body: bytes) -> tuple[int, bool, float]:
         began = time.monotonic()
         try:
             reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
@@ -155,9 +164,14 @@ class Connections:
         return int(head.split(b" ", 2)[1]), b"retry-after" in head, time.monotonic() - began
 
 
-async def paced(port: int, body: bytes, rate: float, seconds: float) -> tuple[list[tuple[int, bool, float]], float]:
-    """Answers to requests sent at a rate, whether or not the earlier ones are answered; and our own longest lag."""
+async def paced(
+    port: int, body: bytes, rate: float, seconds: float
+) -> tuple[list[tuple[int, bool, float]], float, int]:
+    """Answers to requests sent at a rate, whether or not the earlier ones are answered; our own longest lag; and how
+    many were not sent, for `MAX_OPEN` others waited.
+    """
     tasks, began, lags, connections = [], time.monotonic(), [0.0], Connections(port)
+    n_held = 0
 
     async def tick() -> None:
         while True:
@@ -168,10 +182,13 @@ async def paced(port: int, body: bytes, rate: float, seconds: float) -> tuple[li
     ticking = asyncio.create_task(tick())
     for i in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, began + i / rate - time.monotonic()))
-        tasks.append(asyncio.create_task(connections.ask(body)))
+        if connections.n_asking < MAX_OPEN:
+            tasks.append(asyncio.create_task(connections.ask(body)))
+        else:
+            n_held += 1
     answers = list(await asyncio.gather(*tasks))
     ticking.cancel()
-    return answers, max(lags)
+    return answers, max(lags), n_held
 
 
 async def capacity(port: int, body: bytes, seconds: float = 5) -> float:
@@ -200,7 +217,7 @@ def overloaded(port: int, n_rows: int) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    answers, lag_s = asyncio.run(paced(port, body, OVERLOAD * rate, OVERLOAD_S))
+    answers, lag_s, n_held = asyncio.run(paced(port, body, OVERLOAD * rate, OVERLOAD_S))
     time.sleep(AFTER_S)
     ended.set()
     watcher.join()
@@ -208,7 +225,8 @@ def overloaded(port: int, n_rows: int) -> dict[str, Any]:
     return {
         "rows_a_request": n_rows, "capacity_per_s": round(rate, 1), "asked_per_s": round(OVERLOAD * rate, 1),
         "accepted_per_s": round(sum(a[0] == 200 for a in answers) / OVERLOAD_S, 1),
-        "answers": dict(Counter(str(a[0]) for a in answers)), "503_with_retry_after": sum(a[1] for a in refused),
+        "answers": dict(Counter(str(a[0]) for a in answers)), "not_sent": n_held,
+        "503_with_retry_after": sum(a[1] for a in refused),
         "longest_accepted_s": round(max((a[2] for a in answers if a[0] == 200), default=0.0), 2),
         "longest_accepted_by_the_server_s": round(max(took, default=0.0) / 1000, 2), "client_lag_s": round(lag_s, 2),
         "memory_mb": [round(mb) for mb in memory],
