@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from claydist.errors import StorageError
+from claydist.errors import Absent, StorageError
 from claydist.storage import Store
 
 LEASE_S = 60.0
@@ -75,7 +75,5 @@ def lease_end(place: Store) -> float | None:
     """Until when the writer of a `Renewed` file lives, in seconds since the epoch; None when there is no such file."""
     try:
         return float(place.read_json()["until"])
-    except StorageError:
-        if place.exists():
-            raise
+    except Absent:
         return None

@@ -5,6 +5,7 @@ ClaydistError                 1  needed the data or the cluster to be seen
 ├── DataError                 1  the data breaks what the spec or the model says of it
 │   └── InputChanged          1  a file changed after it was inventoried
 ├── StorageError              1  a URL cannot be read or written
+│   ├── Absent                1  nothing is there
 │   └── AlreadyExists         1  exclusive creation lost to somebody else
 ├── BundleError               1  a bundle is damaged, or from another protocol
 ├── RegistryError             1  no such model, version or alias
@@ -63,6 +64,10 @@ class InputChanged(DataError):
 
 class StorageError(ClaydistError):
     """A URL cannot be read, written or listed."""
+
+
+class Absent(StorageError):
+    """Nothing was there at the moment of reading; asking anew may find it, and says nothing of that moment."""
 
 
 class AlreadyExists(StorageError):

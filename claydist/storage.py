@@ -34,7 +34,7 @@ import pyarrow.fs as pafs
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import glob_translate
 
-from claydist.errors import AlreadyExists, ClaydistError, StorageError
+from claydist.errors import Absent, AlreadyExists, ClaydistError, StorageError
 from claydist.files import (
     TEMPORARY,
     FileInfo,
@@ -152,12 +152,18 @@ class Store:
         return self._type() == "directory"
 
     def read(self) -> bytes:
-        """Content of the file."""
+        """Content of the file.
+
+        Raises
+        ------
+        Absent : when nothing is there.
+        StorageError : when it cannot be read.
+        """
         with self._doing("read") as fs:
             return cast(bytes, fs.cat_file(self.path))
 
     def read_json(self) -> Any:
-        """The value that the file holds as JSON."""
+        """The value that the file holds as JSON; the errors of `read`, and StorageError when it is not JSON."""
         data = self.read()
         try:
             return json.loads(data)
@@ -285,7 +291,9 @@ class Store:
             except Exception as e:
                 if not (isinstance(e, ValueError) or self.may_raise(e)):
                     raise
-                error = StorageError(f"cannot {verb} {self.url}: {self.says(e)}; {_advice(e)}")
+                is_absent = verb == "read" and isinstance(e, (FileNotFoundError, NotADirectoryError))
+                kind = Absent if is_absent else StorageError
+                error = kind(f"cannot {verb} {self.url}: {self.says(e)}; {_advice(e)}")
                 raise error from (e if self.is_local else None)
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from claydist import files
-from claydist.errors import AlreadyExists, StorageError
+from claydist.errors import Absent, AlreadyExists, StorageError
 from claydist.storage import FileInfo, Store, open_store, redact, sha256, split_glob
 from tests.stores import s3_options, store
 
@@ -180,7 +180,7 @@ class TestEverywhere:
     def test_what_is_absent_or_no_file_is_said_with_the_url(self, store: Store) -> None:
         store.join("d/x").write(b"not json")
         for act in ("read", "info", "open", "sha256"):
-            with pytest.raises(StorageError, match=r"cannot read .*/absent"):
+            with pytest.raises(Absent, match=r"cannot read .*/absent"):
                 getattr(store.join("absent"), act)()
         with pytest.raises(StorageError, match="directory"):
             store.join("d").info()
@@ -300,6 +300,11 @@ class TestLocal:
             with pytest.raises(StorageError) as caught:
                 getattr(open_store(tmp_path / "file" / "x"), act)(b"1")
             assert caught.type is StorageError
+
+    def test_below_a_file_nothing_is_there_to_read(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(Absent, match=r"cannot read .*/file/x"):
+            open_store(tmp_path / "file" / "x").read()
 
     def test_links_are_followed_once_and_broken_ones_are_said(self, tmp_path: Path) -> None:
         (tmp_path / "real").mkdir()

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from claydist import alive
-from claydist.errors import AlreadyExists, StorageError
+from claydist.errors import Absent, AlreadyExists, StorageError
 from claydist.storage import Store
 
 FOLDER = "_locks"
@@ -143,9 +143,7 @@ class Lease:
         """What the file says; None when it is gone, as it may be at any moment."""
         try:
             tree: Mapping[str, Any] = place.read_json()
-        except StorageError:
-            if place.exists():
-                raise
+        except Absent:
             return None
         return tree
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from claydist.errors import DataError, StorageError
+from claydist.errors import Absent, DataError
 from claydist.scoring.staging import Staged
 from claydist.storage import Store
 
@@ -69,9 +69,7 @@ def read_manifest(place: Store) -> Manifest | None:
     """
     try:
         tree = place.read_json()
-    except StorageError:
-        if place.exists():
-            raise
+    except Absent:
         return None
     protocol = tree.get("protocol") if isinstance(tree, dict) else None
     if protocol != PROTOCOL:

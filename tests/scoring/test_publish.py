@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from claydist.alive import lease_end
 from claydist.errors import DataError, Locked, StorageError
 from claydist.scoring import publish, records, swap
 from claydist.scoring.judge import evaluate_scores
-from claydist.scoring.manifest import PROTOCOL, is_ours
+from claydist.scoring.lock import Lease
+from claydist.scoring.manifest import PROTOCOL, is_ours, read_manifest
 from claydist.scoring.publish import look, settle
 from claydist.scoring.readers import published_folders, read_scores
 from claydist.storage import Store, open_store
@@ -125,6 +127,23 @@ def test_a_fence_repeats_what_is_published_and_takes_the_number_of_who_sleeps(re
     current = look(remote, FOLDER)
     assert (current.identity, current.is_settled) == ((2, "a"), True)
     assert not records.create(remote, FOLDER, manifest(2, "sleeper"))
+
+
+@pytest.mark.parametrize("read", [read_manifest, lease_end, Lease._tree], ids=["manifest", "lease", "owner"])
+def test_what_appears_just_after_it_was_looked_for_is_absent_and_no_error(
+    remote: Store, monkeypatch: pytest.MonkeyPatch, read: Callable[[Store], Any]
+) -> None:
+    place, real = remote.join(FOLDER, "x.json"), Store.read
+
+    def too_late(self: Store) -> bytes:
+        try:
+            return real(self)
+        finally:
+            self.write(b"{}")
+
+    monkeypatch.setattr(Store, "read", too_late)
+    assert read(place) is None
+    assert place.exists()
 
 
 def test_a_publisher_whose_record_is_repeated_by_a_fence_has_published(
