@@ -26,7 +26,8 @@ from packaging.utils import canonicalize_name
 
 import claydist
 from claydist.cli import app
-from claydist.serving.settings import ServeSpec
+from claydist.serving.ingress import haproxy_bounds
+from claydist.serving.settings import Limits, ServeSpec
 from claydist.spec import ScoreSpec, TrainSpec
 from claydist.specfile import load_spec
 
@@ -387,3 +388,14 @@ def test_pins_are_all_that_is_needed():
                 assert canonicalize_name(requirement.name) in names, f"{name} needs {text}"
                 n_checked += 1
     assert n_checked > 100
+
+
+def test_haproxy_keeps_the_limits_of_the_application_behind_it() -> None:
+    (spec,) = (doc["spec"] for doc in _documents() if doc["kind"] == "RayService")
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    limits = Limits(**application["args"].get("limits", {}))
+    cluster = spec["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert variables["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] == haproxy_bounds(limits)

