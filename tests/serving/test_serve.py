@@ -121,9 +121,13 @@ def wait_for(server: Server, seconds: float = 120) -> None:
 def test_haproxy_gives_a_replica_no_more_than_it_admits(server: Server) -> None:
     environment = Path(f"/proc/{server.replica()}/environ").read_bytes().decode().split("\0")
     (port,) = (line.partition("=")[2] for line in environment if line.startswith("RAY_SERVE_HAPROXY_STATS_PORT="))
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats;csv", timeout=10) as answer:
-        found = list(csv.DictReader(io.StringIO(answer.read().decode())))
-    replicas = [row["slim"] for row in found if row["svname"].startswith("SERVE_REPLICA")]
+    replicas: list[str] = []
+    end = time.monotonic() + 60
+    while not replicas and time.monotonic() < end:  # Serve's fallback answers until HAProxy knows of the replica
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats;csv", timeout=10) as answer:
+            found = list(csv.DictReader(io.StringIO(answer.read().decode())))
+        replicas = [row["slim"] for row in found if row["svname"].startswith("SERVE_REPLICA")]
+        time.sleep(0.1)
     assert replicas == [str(Limits().queue_requests)]
 
 
