@@ -64,7 +64,8 @@ def choose_ingress(limits: Limits, *, has_tls: bool = False) -> Ingress:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        # One thread is enough for ten replicas, and does not lose a connection that another thread takes over.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, (os.cpu_count() or 1) // 16)),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # a bulk body in pieces of 16 KB costs a third of its prediction
         "RAY_SERVE_HAPROXY_MAXCONN": str(_most_connections()),
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": haproxy_bounds(limits),
