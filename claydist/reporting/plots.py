@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -54,8 +53,10 @@ def plot_history(history: Mapping[str, Any]) -> Markup:
 
     def draw(ax: Axes) -> None:
         for name, colour in (("train", _MUTED), ("valid", _FIRST)):
-            if values := _numbers(history.get(name) or []):
-                ax.plot(range(len(values)), values, color=colour, label=name)
+            # The train metric of large data is known of some rounds alone, and a line ends at a gap.
+            known = [(at, value) for at, value in enumerate(history.get(name) or []) if value is not None]
+            if known:
+                ax.plot(*zip(*known, strict=True), color=colour, label=name)
         best, valid = history.get("best_round"), history.get("valid") or history.get("train") or []
         if best is not None and 0 <= best < len(valid):
             ax.plot([best], [valid[best]], "o", color=_FIRST, markersize=6)
@@ -127,10 +128,6 @@ def plot_deciles(bins: Mapping[str, Sequence[float]]) -> Markup:
     return _svg(
         "deciles", "Observed by predicted, in tenths of the rows", draw, "mean prediction", "mean label", square=True
     )
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [np.nan if value is None else float(value) for value in values]
 
 
 def _svg(name: str, title: str, draw: Any, x_label: str, y_label: str, *, square: bool = False) -> Markup:

@@ -8,6 +8,7 @@ import pytest
 from claydist.metrics import MetricSums, Outcome
 from claydist.reporting.curves import curves
 from claydist.reporting.html import render_report, render_scored
+from claydist.reporting.plots import plot_history
 
 HOSTILE = '<script>alert("x")</script>&\'" $\\frac{1}{2}$ http://evil.example/ü'
 VOID = {"meta", "br", "link", "img"}
@@ -195,3 +196,10 @@ def test_coefficients_are_in_the_order_of_their_size_and_a_single_output_is_not_
 
 def test_the_seconds_of_a_scored_date_are_tenths():
     assert "12.3" in Page(render_scored({**SCORED, "seconds": 12.34})).text
+
+
+def test_a_metric_of_some_rounds_is_a_line() -> None:
+    values = [0.9 if at == 0 else 0.8 - at / 1000 if at % 10 == 9 else None for at in range(60)]
+    svg = str(plot_history({"metric": "logloss", "train": values, "valid": None, "best_round": None}))
+    paths = re.findall(r'<path d="([^"]*)" clip-path', svg)
+    assert max(path.count("L") for path in paths) == sum(value is not None for value in values) - 1
