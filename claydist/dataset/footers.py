@@ -16,7 +16,7 @@ import pyarrow.types as pat
 
 from claydist.dataset.listing import Found, Keys, find_files, shared_files
 from claydist.dataset.unify import key_scalar, key_types, unify
-from claydist.errors import ClaydistError, DataError, InputChanged, StorageError
+from claydist.errors import Absent, ClaydistError, DataError, InputChanged
 from claydist.storage import Store
 
 FILES_PER_TASK = 200
@@ -118,9 +118,7 @@ class Inventory:
         entry = self.files[file]
         try:
             now = self.stores[file].info()
-        except StorageError as e:
-            if self.stores[file].exists():
-                raise
+        except Absent as e:
             raise InputChanged(f"{entry.url} was in the input when it was listed, and is gone; run again") from e
         if (now.size, now.stamp) != (entry.size, entry.stamp):
             raise InputChanged(

