@@ -23,7 +23,7 @@ _OF_SERVE = frozenset(
 )
 # What uvicorn holds of a body that nobody reads.
 _UNREAD_BYTES = 64 << 10
-# A client that is refused is listened to for so long, since a connection closed under it takes the answer along.
+# A client that is refused is listened to for so long.
 _LINGER_S = 5.0
 
 
@@ -44,18 +44,14 @@ class Edge:
         """Pass the request on."""
         if "headers" in scope:
             scope["headers"] = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
-            if self.has_gates and scope["type"] == "http" and _is_large(headers := dict(scope["headers"])):
-                await self._behind_gate(scope, headers, receive, send)
+            if self.has_gates and scope["type"] == "http" and _is_large(dict(scope["headers"])):
+                await self._behind_gate(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    async def _behind_gate(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _behind_gate(self, scope: Scope, receive: Receive, send: Send) -> None:
         gate = _Gate(receive)
         scope[GATE] = gate.open
-        if headers.get(b"connection", b"").lower() != b"close" and scope.get("http_version") != "1.0":
-            # uvicorn reads the rest of a body before the connection's next request.
-            await self._app(scope, gate.receive, send)
-            return
         ending = _Ending(send)
         await self._app(scope, gate.receive, ending.send)
         await ending.end(gate)
@@ -87,7 +83,11 @@ class _Gate:
 
 
 class _Ending:
-    """Sends an answer whole, and closes only once the client has sent its body, or has had time to."""
+    """Sends an answer whole, but ends it only once the client has sent its body, or has had time to.
+
+    A connection that is closed at once takes the answer along; and one that is left open, to a client that never ends
+    its body, keeps one of the turns that HAProxy gives to this replica.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -101,14 +101,16 @@ class _Ending:
         await self._send(message)
 
     async def end(self, gate: _Gate) -> None:
-        """Throw away what is left of the body, and end the answer."""
+        """Throw away what is left of the body, and end the answer; a body that has not ended ends the connection."""
         if not self._is_held:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_S):
                 while not gate.is_at_end:
                     await gate.read()
-        await self._send({"type": "http.response.body", "body": b""})
+        if gate.is_at_end:
+            await self._send({"type": "http.response.body", "body": b""})
+        # Otherwise uvicorn closes it: its answer is there by its length, and was never ended.
 
 
 def middlewares() -> list[Any]:

@@ -15,6 +15,7 @@ import uvicorn
 from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from uvicorn.server import ServerState
 
+from claydist.serving import edge
 from claydist.serving.admission import Admission
 from claydist.serving.edge import Edge, middlewares
 from claydist.serving.exchange import Exchange
@@ -52,13 +53,13 @@ async def app2(scope: Any, receive: Any, send: Any) -> None:
     assert "headers" not in scope
 
 
-def answered(edge: Edge, head: bytes, body: bytes) -> tuple[bytes, int]:
+def answered(app: Edge, head: bytes, body: bytes) -> tuple[bytes, int]:
     """What a client that sends its whole body before it reads gets, and the most that uvicorn held of it."""
     most = 0
 
     async def once() -> bytes:
         nonlocal most
-        config = uvicorn.Config(edge, port=0, lifespan="off", log_level="error")
+        config = uvicorn.Config(app, port=0, lifespan="off", log_level="error")
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         task = asyncio.create_task(server.serve())
@@ -122,6 +123,24 @@ def test_a_refused_body_is_not_taken_in_and_its_client_hears_why(
     assert b"retry-after: 1" in got
     assert pieces == [0]
     assert most < 1 << 20
+
+
+@pytest.mark.parametrize("connection", [b"close", b"keep-alive"])
+def test_a_refused_body_that_does_not_end_ends_its_connection(
+    connection: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Edge, "has_gates", True)
+    monkeypatch.setattr(edge, "_LINGER_S", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"6")]})
+        await send({"type": "http.response.body", "body": b"never\n"})
+
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: %s\r\nContent-Length: 900000\r\n\r\n" % connection
+    # `send_all` reads until the server closes, or for 20 s, after which it fails.
+    got, _ = answered(Edge(app), head, b"x" * 100_000)
+    assert got.startswith(b"HTTP/1.1 503")
+    assert got.endswith(b"never\n")
 
 
 def test_a_body_that_is_wanted_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
