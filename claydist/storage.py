@@ -230,7 +230,7 @@ class Store:
         return [f for f in self.files() if matches(f.path)]
 
     def info(self) -> FileInfo:
-        """Name, size and stamp of the file."""
+        """Name, size and stamp of the file; the errors of `read`."""
         with self._doing("read") as fs:
             entry = fs.info(self.path)
             if entry["type"] == "directory":

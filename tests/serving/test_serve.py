@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import http.client
 import io
@@ -207,13 +208,19 @@ def test_a_claimed_gigabyte_is_refused_at_once(server: Server) -> None:
 def test_headers_of_serve_lift_no_limit(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
         head = (
-            f"POST /predict/m HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n"
-            "x-request-timeout-seconds: -1\r\nx-request-disconnect-disabled: ?1\r\n\r\n{"
+            f"POST /predict/m HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 200000\r\n"
+            "x-request-timeout-seconds: -1\r\nx-request-disconnect-disabled: ?1\r\n\r\n"
         )
         start = time.monotonic()
-        raw.sendall(head.encode())
-        assert raw.recv(100).startswith(b"HTTP/1.1 408")
-        assert time.monotonic() - start < 15
+        raw.sendall(head.encode() + bytes(70_000))
+        raw.settimeout(1)
+        answer = b""
+        while b"}}" not in answer and time.monotonic() - start < 15:
+            raw.sendall(b"x")  # whoever goes on sending is not ended by HAProxy
+            with contextlib.suppress(TimeoutError):
+                answer += raw.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"kind":"timeout"' in answer  # the replica's own limit, and no other's
 
 
 @pytest.mark.parametrize(
